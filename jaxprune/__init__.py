@@ -1,0 +1,1 @@
+"""Structured channel pruning for JAX: a smaller Flax model from a trained one."""
