@@ -35,3 +35,8 @@ class CheckpointError(PruneError):
 
 class ConfigError(PruneError):
     """A configuration value is unknown or out of range."""
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, without the lines that other libraries put below it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

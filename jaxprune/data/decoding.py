@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from jaxprune.data.sources import Progress, Raw
-from jaxprune.errors import DataError
+from jaxprune.errors import DataError, first_line
 
 # Decoded images up to this size are held in memory, larger sets are streamed.
 MEMORY_LIMIT_BYTES = 4 << 30
@@ -192,12 +192,14 @@ def prepared(
         splits = builder.info.splits
         held_out = "test" if "test" in splits else "validation"
         skip = {"image": tfds.decode.SkipDecoding()}
-        sources = [builder.as_data_source(s, skip) for s in ("train", held_out)]
+        sources = [
+            builder.as_data_source(split, decoders=skip)
+            for split in ("train", held_out)
+        ]
     # TFDS raises many types here, with long texts; the first line says enough.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"cannot open the TFDS data set in {path}: {reason}; it must be in "
+            f"cannot open the TFDS data set in {path}: {first_line(error)}; it must be in "
             "array_record format with splits train and test (or validation)"
         ) from error
     features = builder.info.features
