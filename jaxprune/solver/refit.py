@@ -1,0 +1,129 @@
+"""Least-squares refit of a consumer's kernel on the rows that are kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import linalg
+
+from jaxprune.errors import ScoreError
+from jaxprune.stats.moments import Covariances, Moments, covariances
+
+# Moments come from float32 products: what is below this share of the mean diagonal
+# is rounding, and a smaller ridge would fit it.
+NOISE = 1e-7
+
+
+class Refit(NamedTuple):
+    """The refitted consumer.
+
+    Attributes:
+      kernel: (R, N) float32, zero in removed rows.
+      intercept: (N,) float32, zeros without one.
+      residual: (N,) float64, mean squared error on the calibration data over the
+        variance of the target (over its mean square without an intercept); 0 for a
+        constant target.
+    """
+
+    kernel: np.ndarray
+    intercept: np.ndarray
+    residual: np.ndarray
+
+
+def default_ridge(count: float, rows: int) -> float:
+    """The ridge factor for `count` samples and `rows` kept rows: rows / (100 count).
+
+    Clipped to [1e-6, 1e-2]. Sampling makes the smallest directions of the Gram
+    matrix uncertain by about rows / count of the mean diagonal; with the ridge
+    pulling towards the original weights, what the data cannot tell stays as it was.
+    """
+    return float(np.clip(0.01 * rows / max(count, 1.0), 1e-6, 1e-2))
+
+
+def refit(
+    moments: Moments,
+    row_keep,
+    *,
+    kernel=None,
+    ridge: float | None = None,
+    intercept: bool = True,
+) -> Refit:
+    """The kernel on the kept rows that best reproduces Y, in closed form.
+
+        (A + r I) W = B + r W0,    A = X^T X / n,  B = X^T Y / n  (centred)
+        intercept = mean(Y) - mean(X) W,    r = ridge * mean diagonal of A
+
+    on the kept rows K of the moments, by one Cholesky factorisation in float64: it
+    costs |K|^3 / 3 on the host, 8 times less at half width than the masked R x R
+    system that a static shape would need, and nothing is compiled. Output weights
+    do not matter here: each column has its own solution.
+
+    Args:
+      row_keep: bool (R,).
+      kernel: W0 (R, N), the original weights, as the prior of the ridge; without
+        it the ridge pulls to zero. Rows without energy then stay at the prior.
+      ridge: default `default_ridge(count, |K|)`. At least 1e-7, the rounding of
+        float32 moments; raised tenfold while the factorisation fails.
+
+    Raises:
+      ScoreError: shapes that do not fit, or NaN in the moments.
+    """
+    rows, outputs = np.shape(moments.xty)
+    row_keep = np.asarray(row_keep, bool)
+    prior = np.zeros((rows, outputs)) if kernel is None else np.asarray(kernel, "f8")
+    if row_keep.shape != (rows,) or prior.shape != (rows, outputs):
+        raise ScoreError(
+            f"moments of {rows} rows and {outputs} outputs need row_keep ({rows},) and "
+            f"a kernel ({rows}, {outputs}); found {row_keep.shape} and {prior.shape}"
+        )
+    cov = covariances(moments, centred=intercept)
+    if not (np.isfinite(cov.xx).all() and np.isfinite(cov.xy).all()):
+        raise ScoreError(
+            "the moments hold NaN or infinity: the calibration activations overflowed; "
+            "check the weights and the inputs, or run the model in float32"
+        )
+    kept = np.flatnonzero(row_keep)
+    if ridge is None:
+        ridge = default_ridge(cov.count, kept.size)
+    gram, cross = cov.xx[np.ix_(kept, kept)], cov.xy[kept]
+    solved = _solve(gram, cross, prior[kept], max(ridge, NOISE))
+    new = np.zeros((rows, outputs))
+    new[kept] = solved
+    return Refit(
+        new.astype(np.float32),
+        (cov.mean_y - cov.mean_x @ new).astype(np.float32),
+        _residual(cov.yy, gram, cross, solved),
+    )
+
+
+def relative_residual(moments: Moments, kernel, *, intercept: bool = True):
+    """(N,) float64: as Refit.residual, of any kernel (R, N) with the best intercept."""
+    cov: Covariances = covariances(moments, centred=intercept)
+    return _residual(cov.yy, cov.xx, cov.xy, np.asarray(kernel, np.float64))
+
+
+def _residual(yy, gram, cross, kernel) -> np.ndarray:
+    error = yy - 2 * (kernel * cross).sum(0) + (kernel * (gram @ kernel)).sum(0)
+    varies = yy > 1e-12 * max(yy.max(initial=0.0), 1e-300)
+    return np.where(varies, np.maximum(error, 0.0) / np.where(varies, yy, 1.0), 0.0)
+
+
+def _solve(gram, cross, prior, ridge: float) -> np.ndarray:
+    if not len(gram):
+        return prior
+    scale = np.diagonal(gram).mean()
+    if scale <= 0:  # dead inputs say nothing about their weights
+        return prior
+    difference = cross - gram @ prior
+    while True:
+        shifted = gram.copy()
+        shifted.flat[:: len(gram) + 1] += ridge * scale
+        try:
+            factor = linalg.cho_factor(
+                shifted, lower=True, overwrite_a=True, check_finite=False
+            )
+        except linalg.LinAlgError:
+            ridge *= 10
+            continue
+        return prior + linalg.cho_solve(factor, difference, check_finite=False)
