@@ -1,0 +1,48 @@
+"""How a model is called and made smaller, by the framework it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax.linen as nn
+
+from jaxprune.errors import GraphError
+from jaxprune.frameworks.function import FunctionHandle
+from jaxprune.frameworks.linen import LinenHandle
+
+
+class Handle(Protocol):
+    """What the stages need of a model."""
+
+    @property
+    def model(self) -> Any: ...
+
+    def __call__(self, variables: Any, *inputs: Any) -> Any: ...
+
+    @staticmethod
+    def is_parameter(path: str) -> bool: ...
+
+    def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any: ...
+
+    def settings(self, notes: Any, masks: Any) -> tuple[Any, ...]: ...
+
+    def rebuild(self, variables: Any, settings: Any = ()) -> Handle: ...
+
+
+def handle_of(model: Any, apply: Callable[..., Any] | None = None) -> Handle:
+    """The handle of a Linen module or a plain function.
+
+    Raises:
+      GraphError: the model is neither.
+    """
+    if isinstance(model, nn.Module):
+        return LinenHandle(model, apply)
+    if callable(model) and not isinstance(model, type):
+        if apply is not None:
+            raise GraphError("apply= is for Linen modules; pass the function itself")
+        return FunctionHandle(model)
+    raise GraphError(
+        f"expected a Flax Linen module or a function of (params, inputs), found "
+        f"{type(model).__name__}; pass module instances, not classes"
+    )

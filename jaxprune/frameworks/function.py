@@ -1,0 +1,37 @@
+"""Plain functions of a parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionHandle:
+    """A function (params, *inputs) -> outputs; it must follow its arrays' shapes."""
+
+    model: Callable[..., Any]
+
+    def __call__(self, variables: Any, *inputs: Any) -> Any:
+        return self.model(variables, *inputs)
+
+    @staticmethod
+    def is_parameter(path: str) -> bool:
+        del path
+        return True
+
+    def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
+        """As the call; a function has nothing to note."""
+        del notes
+        return self(variables, *inputs)
+
+    def settings(self, notes: Any, masks: Any) -> tuple[()]:
+        """Nothing: shapes say it all."""
+        del notes, masks
+        return ()
+
+    def rebuild(self, variables: Any, settings: Any = ()) -> FunctionHandle:
+        """The same function: its widths are those of the arrays it is given."""
+        del variables, settings
+        return self

@@ -1,0 +1,87 @@
+"""Flax Linen modules: how they are called, and how they are made smaller."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+
+from jaxprune.frameworks.linen_resize import (
+    Resized,
+    Settings,
+    group_settings,
+    record_groups,
+    shapes_of,
+)
+
+# Flags of the inference call, by the name under which a module may take them.
+INFERENCE = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LinenHandle:
+    """A Linen module as the stages see it.
+
+    Attributes:
+      model: the module.
+      apply: None, or a function (model, variables, *inputs) -> outputs that
+        replaces the default inference call.
+    """
+
+    model: nn.Module
+    apply: Callable[..., Any] | None = None
+
+    def __call__(self, variables: Any, *inputs: Any) -> Any:
+        """Outputs of the inference call."""
+        if self.apply is not None:
+            return self.apply(self.model, variables, *inputs)
+        return self.model.apply(variables, *inputs, **inference_flags(self.model))
+
+    @staticmethod
+    def is_parameter(path: str) -> bool:
+        return path.startswith("params/")
+
+    def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
+        """As the call, noting what shapes do not tell: the groups of each GroupNorm."""
+        with record_groups(notes):
+            return self(variables, *inputs)
+
+    def settings(
+        self, notes: Mapping[str, int], masks: Mapping[tuple[str, int], Any]
+    ) -> Settings:
+        """What the smaller model needs beside its arrays; JSON-ready."""
+        return group_settings(notes, masks)
+
+    def rebuild(self, variables: Any, settings: Settings = ()) -> LinenHandle:
+        """The handle of the smaller model that fits the sliced variables."""
+        return LinenHandle(rebuild(self.model, variables, settings), self.apply)
+
+
+def inference_flags(model: nn.Module) -> dict[str, bool]:
+    """The flags of INFERENCE that the module's call takes."""
+    inner = model.inner if isinstance(model, Resized) else model
+    taken = inspect.signature(type(inner).__call__).parameters
+    return {name: value for name, value in INFERENCE.items() if name in taken}
+
+
+def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Module:
+    """The module of the same architecture with the widths of `variables`.
+
+    A module that has a method `resized(variables)` says itself how its widths
+    follow; any other is wrapped so that its layers read them off the arrays.
+    """
+    if isinstance(model, Resized):
+        model = model.inner
+    resized = getattr(model, "resized", None)
+    if resized is not None:
+        return resized(variables)
+    return Resized(model, shapes_of(variables), tuple(map(tuple, settings)))

@@ -1,0 +1,220 @@
+"""Other people's Linen modules at smaller widths, without changing their source.
+
+The only place that reaches into Flax. Layers of flax.linen state their widths as
+attributes (`features`, `num_heads`), set by the source that calls them; when such a
+layer is about to run, an interceptor sets those attributes to what the sliced arrays
+have. `Resized` wraps the user's module, shares its scope (so variable paths stay the
+same) and runs it under the interceptor; it initialises, trains, jits and serialises
+as any module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jaxprune import trees
+
+Shape = tuple[int, ...]
+Shapes = tuple[tuple[str, Shape], ...]
+Settings = tuple[tuple[str, str, int | None], ...]
+Read = Callable[..., Shape | None]
+
+
+class Resized(nn.Module):
+    """The module `inner` with its layers' widths read off the arrays.
+
+    Attributes:
+      inner: the user's module.
+      shapes: name and shape of every array, for `init`.
+      settings: (path of a layer, attribute, value) that shapes do not tell
+        (GroupNorm's num_groups).
+    """
+
+    inner: nn.Module
+    shapes: Shapes
+    settings: Settings = ()
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        table = dict(self.shapes)
+        settings = {(path, name): value for path, name, value in self.settings}
+
+        def follow(next_fun, args, kwargs, context):
+            if context.method_name == "__call__":
+                resize(context.module, args, kwargs, table, settings)
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(follow):
+            return self.inner(*args, **kwargs)
+
+
+def resize(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    table: Mapping[str, Shape],
+    settings: Mapping[tuple[str, str], int | None],
+) -> None:
+    """Sets the width attributes of one layer, if it is of a known type."""
+    if module.scope is None:
+        return
+    rule = next((rule for kind, rule in _RULES if isinstance(module, kind)), None)
+
+    def read(*names: str) -> Shape | None:
+        return _shape(module, names, table)
+
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    for name, value in (rule(module, read, x) if rule else {}).items():
+        # Flax freezes modules once they are set up; apply works on a clone of the
+        # user's, so this touches no object of theirs.
+        object.__setattr__(module, name, value)
+    path = "/".join(map(str, module.scope.path))
+    for (place, name), value in settings.items():
+        if place == path:
+            object.__setattr__(module, name, value)
+
+
+def _shape(
+    module: nn.Module, names: tuple[str, ...], table: Mapping[str, Shape]
+) -> Shape | None:
+    """Shape of a parameter below the module: the array's own, else the table's."""
+    tree: Any = module.scope.get_variable("params", names[0], None)
+    if tree is None:
+        collection = module.scope.root._variables.get("params", {})
+        for part in (*module.scope.path, *names[:-1]):
+            collection = collection.get(part, {}) if hasattr(collection, "get") else {}
+        tree = collection.get(names[-1]) if hasattr(collection, "get") else None
+    else:
+        for name in names[1:]:
+            tree = tree[name]
+    leaves = jax.tree_util.tree_leaves(tree)
+    if leaves and hasattr(leaves[0], "shape"):
+        return tuple(leaves[0].shape)
+    return table.get("/".join(("params", *map(str, module.scope.path), *names)))
+
+
+def _conv(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    kernel = read("kernel")
+    if kernel is None:
+        return {}
+    return {
+        "features": kernel[-1],
+        "feature_group_count": x.shape[-1] // kernel[-2],
+    }
+
+
+def _conv_transpose(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    kernel = read("kernel")
+    if kernel is None:
+        return {}
+    return {"features": kernel[-2 if module.transpose_kernel else -1]}
+
+
+def _dense(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    kernel = read("kernel")
+    return {} if kernel is None else {"features": kernel[-1]}
+
+
+def _dense_general(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    kernel = read("kernel")
+    if kernel is None:
+        return {}
+    many = not isinstance(module.features, int)
+    count = len(module.features) if many else 1
+    features = tuple(kernel[-count:])
+    return {"features": features if many else features[0]}
+
+
+def _einsum(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    kernel = read("kernel")
+    return {} if kernel is None else {"shape": kernel[-len(module.shape) :]}
+
+
+def _embed(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    table = read("embedding")
+    if table is None:
+        return {}
+    return {"num_embeddings": table[-2], "features": table[-1]}
+
+
+def _attention(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    query, out = read("query", "kernel"), read("out", "kernel")
+    if query is None or out is None:
+        return {}
+    heads, width = query[-2:]
+    return {
+        "num_heads": heads,
+        "qkv_features": heads * width,
+        "out_features": out[-1],
+    }
+
+
+def _cell(*names: str) -> Callable[[Any, Read, Any], dict[str, Any]]:
+    def rule(module: Any, read: Read, x: Any) -> dict[str, Any]:
+        for name in names:
+            kernel = read(name, "kernel")
+            if kernel is not None:
+                return {"features": kernel[-2]}
+        return {}
+
+    return rule
+
+
+_RULES: tuple[tuple[Any, Callable[[Any, Read, Any], dict[str, Any]]], ...] = (
+    (nn.ConvTranspose, _conv_transpose),
+    ((nn.Conv, nn.ConvLocal), _conv),
+    (nn.DenseGeneral, _dense_general),
+    (nn.Dense, _dense),
+    (nn.Einsum, _einsum),
+    (nn.Embed, _embed),
+    (nn.MultiHeadDotProductAttention, _attention),
+    ((nn.LSTMCell, nn.OptimizedLSTMCell), _cell("hi", "hf")),
+    (nn.GRUCell, _cell("hn")),
+    (nn.MGUCell, _cell("hn", "hf")),
+    (nn.SimpleCell, _cell("h")),
+)
+
+
+def record_groups(notes: dict[str, int]) -> Any:
+    """A context in which every GroupNorm that runs notes its number of groups."""
+
+    def note(next_fun, args, kwargs, context):
+        module = context.module
+        if isinstance(module, nn.GroupNorm) and context.method_name == "__call__":
+            count = module.num_groups
+            if count is None:
+                count = args[0].shape[-1] // module.group_size
+            notes["/".join(map(str, module.scope.path))] = count
+        return next_fun(*args, **kwargs)
+
+    return nn.intercept_methods(note)
+
+
+def group_settings(
+    notes: Mapping[str, int], masks: Mapping[tuple[str, int], np.ndarray]
+) -> Settings:
+    """How many groups each GroupNorm has left, from the channel masks of its arrays."""
+    found = []
+    for path, count in notes.items():
+        place = next(
+            (p for p in masks if p[0] in (f"params/{path}/scale", f"params/{path}/bias")),
+            None,
+        )
+        if place is not None:
+            rows = masks[place].reshape(count, -1).any(1)
+            found += [(path, "num_groups", int(rows.sum())), (path, "group_size", None)]
+    return tuple(found)
+
+
+def shapes_of(variables: Any) -> Shapes:
+    """Name and shape of every leaf, as `Resized` takes them."""
+    return tuple(
+        (path, tuple(leaf.shape)) for path, leaf in trees.flatten(variables).items()
+    )

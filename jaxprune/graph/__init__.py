@@ -1,0 +1,16 @@
+"""The channel graph: which slices of which arrays form a channel."""
+
+from jaxprune.graph.evaluate import evaluate, tree_arguments
+from jaxprune.graph.graph import ChannelGraph, Frozen, build
+from jaxprune.graph.interpret import Record, Site, Value
+
+__all__ = [
+    "ChannelGraph",
+    "Frozen",
+    "Record",
+    "Site",
+    "Value",
+    "build",
+    "evaluate",
+    "tree_arguments",
+]

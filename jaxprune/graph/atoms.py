@@ -1,0 +1,260 @@
+"""The node table of a trace: one node per index of each tracked axis.
+
+Rules allocate nodes, tie them (`unite`), pin them (`freeze`) and combine them where
+a reshape merges or splits axes (`merge`, `split`). A merged index p_ij is a PRODUCT
+node: it is kept if and only if both of its factors are. `solve` turns the ties into
+classes; a class is a leaf (a channel) or a product of leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+# An axis is a vector of node ids, or None: not tracked, it freezes what it meets.
+Axis = np.ndarray | None
+
+
+@dataclass(eq=False)
+class Atoms:
+    """Nodes, ties, pins and products of one trace; filled by the rules."""
+
+    count: int = 0
+    ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    # Products, by rows: node, first factor, second factor, inner size, block.
+    _products: list[np.ndarray] = field(default_factory=list)
+    _merged: dict[tuple[bytes, bytes], np.ndarray] = field(default_factory=dict)
+    _factors: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    blocks: int = 0
+
+    def fresh(self, size: int) -> np.ndarray:
+        """`size` new nodes."""
+        ids = np.arange(self.count, self.count + size)
+        self.count += size
+        return ids
+
+    def unite(self, a: Axis, b: Axis, why: str) -> Axis:
+        """Ties two axes index by index; an untracked one freezes the other."""
+        if a is None or b is None:
+            self.freeze(a, why)
+            self.freeze(b, why)
+            return None
+        if a is not b and not np.array_equal(a, b):
+            self.ties.append((a, b))
+        return a
+
+    def freeze(self, axis: Axis, why: str) -> None:
+        """Pins every index of the axis, with the reason that users will read."""
+        if axis is not None and axis.size:
+            self.pins.append((axis, why))
+
+    # Products ---------------------------------------------------------------
+
+    def merge(self, axes: Sequence[tuple[Axis, int]]) -> Axis:
+        """The axis that a reshape makes of several (axis, size), row-major."""
+        axes = [(axis, size) for axis, size in axes if size != 1]
+        parts: list[tuple[Axis, int]] = []
+        for axis, size in axes:
+            grid = None if axis is None else self._grid(axis)
+            parts += [(axis, size)] if grid is None else [(f, f.size) for f in grid]
+        if not parts:
+            return None
+        merged, size = parts[-1]
+        for axis, outer in reversed(parts[:-1]):
+            merged = self._pair(axis, outer, merged, size)
+            size *= outer
+        return merged
+
+    def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """The axes of `sizes` that a reshape makes of one axis, row-major."""
+        real = [size for size in sizes if size != 1]
+        parts = [None] * len(real) if axis is None else self._split(axis, real)
+        found = iter(parts)
+        return [None if size == 1 else next(found) for size in sizes]
+
+    def _split(self, axis: np.ndarray, sizes: list[int]) -> list[Axis]:
+        if len(sizes) <= 1:
+            return [axis][: len(sizes)]
+        outer, inner = sizes[0], axis.size // sizes[0]
+        table = axis.reshape(outer, inner)
+        if (table == table[:1]).all():
+            return [None, *self._split(table[0], sizes[1:])]
+        if (table == table[:, :1]).all():
+            return [table[:, 0], *[None] * (len(sizes) - 1)]
+        grid = self._grid(axis)
+        if grid is not None:
+            lengths = [factor.size for factor in grid]
+            for cut in range(1, len(grid)):
+                if math.prod(lengths[:cut]) == outer:
+                    head = self.merge([(f, f.size) for f in grid[:cut]])
+                    tail = self.merge([(f, f.size) for f in grid[cut:]])
+                    assert tail is not None
+                    return [head, *self._split(tail, sizes[1:])]
+        head, tail = self.fresh(outer), self.fresh(inner)
+        self.ties.append((self._product(head, tail), axis))
+        return [head, *self._split(tail, sizes[1:])]
+
+    def _pair(self, outer: Axis, outer_size: int, inner: Axis, inner_size: int) -> Axis:
+        if outer is None and inner is None:
+            return None
+        if outer is None:
+            return np.tile(inner, outer_size)
+        if inner is None:
+            return np.repeat(outer, inner_size)
+        return self._product(outer, inner)
+
+    def _product(self, outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+        key = (outer.tobytes(), inner.tobytes())
+        if key not in self._merged:
+            nodes = self.fresh(outer.size * inner.size)
+            first, second = np.repeat(outer, inner.size), np.tile(inner, outer.size)
+            rows = np.stack(
+                [
+                    nodes,
+                    first,
+                    second,
+                    np.full(nodes.size, inner.size),
+                    np.full(nodes.size, self.blocks),
+                ]
+            )
+            self._products.append(rows)
+            self._merged[key] = nodes
+            for node in nodes[:: inner.size]:
+                self._factors[int(node)] = (self.blocks, inner.size, int(nodes[0]))
+            self.blocks += 1
+        return self._merged[key]
+
+    def _grid(self, axis: np.ndarray) -> list[np.ndarray] | None:
+        """The factor vectors of an axis that is a whole product, outermost first."""
+        known = self._factors.get(int(axis[0]))
+        if known is None or axis.size % known[1]:
+            return None
+        block, inner = known[0], known[1]
+        rows = self._products[block]
+        offset = axis - known[2]
+        if (offset < 0).any() or (offset >= rows.shape[1]).any():
+            return None
+        first = rows[1][offset].reshape(-1, inner)
+        second = rows[2][offset].reshape(-1, inner)
+        if (first != first[:, :1]).any() or (second != second[:1]).any():
+            return None
+        deeper = self._grid(second[0])
+        return [first[:, 0], *([second[0]] if deeper is None else deeper)]
+
+    @property
+    def products(self) -> np.ndarray:
+        """int array (5, P): node, first factor, second factor, inner size, block."""
+        if not self._products:
+            return np.zeros((5, 0), np.int64)
+        return np.concatenate(self._products, axis=1)
+
+    def solve(self) -> Classes:
+        """The classes that follow from all ties, pins and products."""
+        ties = list(self.ties)
+        pinned = np.zeros(self.count, bool)
+        for axis, _ in self.pins:
+            pinned[axis] = True
+        products = self.products
+        node, first, second, inner = products[:4]
+        state = None
+        while True:
+            label, frozen = _components(self.count, ties, pinned)
+            progress = (label.max(initial=-1), int(frozen.sum()))
+            if progress == state:
+                return Classes(label, frozen, products)
+            state = progress
+            if not node.size:
+                continue
+            of, of_first, of_second = label[node], label[first], label[second]
+            pin = [
+                first[frozen[of]],
+                second[frozen[of]],
+                second[of == of_first],
+                first[of == of_second],
+                node[frozen[of_first] & frozen[of_second]],
+            ]
+            ties.append((node[frozen[of_first]], second[frozen[of_first]]))
+            ties.append((node[frozen[of_second]], first[frozen[of_second]]))
+            # A class that holds several products: the factors agree, or, where the
+            # inner sizes differ, only whole rows of each can go.
+            order = np.argsort(of, kind="stable")
+            left, right = order[:-1], order[1:]
+            same = of[left] == of[right]
+            left, right = left[same], right[same]
+            alike = inner[left] == inner[right]
+            ties.append((first[left[alike]], first[right[alike]]))
+            ties.append((second[left[alike]], second[right[alike]]))
+            pin += [second[left[~alike]], second[right[~alike]]]
+            pinned[np.concatenate(pin)] = True
+
+
+def _components(
+    count: int, ties: list[tuple[np.ndarray, np.ndarray]], pinned: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class of each node (N,) and, per class, whether a pin holds it."""
+    a = np.concatenate([tie[0] for tie in ties] or [np.zeros(0, np.int64)])
+    b = np.concatenate([tie[1] for tie in ties] or [np.zeros(0, np.int64)])
+    links = sparse.coo_matrix((np.ones(a.size, bool), (a, b)), shape=(count, count))
+    number, label = csgraph.connected_components(links, directed=False)
+    frozen = np.zeros(number, bool)
+    frozen[label[pinned]] = True
+    return label.astype(np.int64), frozen
+
+
+@dataclass(eq=False)
+class Classes:
+    """Which nodes go together.
+
+    Attributes:
+      label: int array (nodes,), the class of each node.
+      frozen: bool array (classes,), True where a pin holds the class.
+      products: as `Atoms.products`.
+      factors: {class: (first class, second class)} of the true product classes.
+    """
+
+    label: np.ndarray
+    frozen: np.ndarray
+    products: np.ndarray
+    factors: dict[int, tuple[int, int]] = field(init=False)
+    _leaves: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        node, first, second = self.label[self.products[:3]]
+        true = ~self.frozen[node] & (node != first) & (node != second)
+        self.factors = {
+            int(c): (int(a), int(b))
+            for c, a, b in zip(node[true], first[true], second[true], strict=True)
+        }
+
+    def leaves(self, label: int) -> tuple[int, ...]:
+        """The unfrozen leaf classes (channels) that an index of this class needs."""
+        if label not in self._leaves:
+            if self.frozen[label]:
+                found: tuple[int, ...] = ()
+            elif label in self.factors:
+                first, second = self.factors[label]
+                both = {*self.leaves(first), *self.leaves(second)}
+                found = tuple(sorted(both))
+            else:
+                found = (int(label),)
+            self._leaves[label] = found
+        return self._leaves[label]
+
+    def needs(self, axis: np.ndarray) -> np.ndarray:
+        """int array (n, F): leaf classes that each index needs, padded with -1."""
+        label = self.label[axis]
+        if not self.factors:
+            return np.where(self.frozen[label], -1, label)[:, None]
+        unique, inverse = np.unique(label, return_inverse=True)
+        found = [self.leaves(int(c)) for c in unique]
+        width = max((len(leaves) for leaves in found), default=1) or 1
+        table = np.full((unique.size, width), -1, np.int64)
+        for row, leaves in enumerate(found):
+            table[row, : len(leaves)] = leaves
+        return table[inverse]

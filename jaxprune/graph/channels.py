@@ -1,0 +1,236 @@
+"""From classes of nodes to channels and groups: who belongs together, and where."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxprune.graph.atoms import Atoms, Classes
+from jaxprune.graph.interpret import Record, Value
+from jaxprune.records import Group, Role, Slot
+
+Place = tuple[str, int]
+
+
+@dataclass(eq=False)
+class Leaves:
+    """Where the nodes of the variables' leaves start, to find a node's owner."""
+
+    places: list[Place]
+    starts: np.ndarray
+    stop: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, Value], stop: int) -> Leaves:
+        found = [
+            (axis[0], (path, dim))
+            for path, value in values.items()
+            for dim, axis in enumerate(value.axes)
+            if axis is not None
+        ]
+        found.sort()
+        starts = np.array([start for start, _ in found], np.int64)
+        return cls([place for _, place in found], starts, stop)
+
+    def owners(self, nodes: np.ndarray) -> set[Place]:
+        own = nodes[nodes < self.stop]
+        rows = np.unique(np.searchsorted(self.starts, own, side="right") - 1)
+        return {self.places[row] for row in rows}
+
+
+def base_nodes(atoms: Atoms, axis: np.ndarray) -> np.ndarray:
+    """The nodes of an axis with products replaced by their factors."""
+    products = atoms.products
+    if not products.size:
+        return axis
+    rows = dict(zip(products[0].tolist(), range(products.shape[1]), strict=True))
+    seen, queue = set(), [int(node) for node in np.unique(axis)]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        row = rows.get(node)
+        if row is not None:
+            queue += [int(products[1, row]), int(products[2, row])]
+    return np.array(sorted(seen), np.int64)
+
+
+def roles(
+    atoms: Atoms, records: Sequence[Record], leaves: Leaves
+) -> tuple[dict[Place, Role], dict[Place, int]]:
+    """Role of every kernel axis, and the number of the record that first uses it.
+
+    A kernel is an operand of a contraction that depends on the variables alone;
+    its contracted axes consume, its other axes produce. The features of a gathered
+    table (an embedding) produce too. An axis that does both (a tied embedding)
+    counts as a producer: zeroing it would silence both uses.
+    """
+    found: dict[Place, Role] = {}
+    first: dict[Place, int] = {}
+
+    def mark(value: Value, dims: Sequence[int], role: Role, number: int) -> None:
+        for dim in dims:
+            axis = value.axes[dim]
+            if axis is None:
+                continue
+            for place in leaves.owners(base_nodes(atoms, axis)):
+                first.setdefault(place, number)
+                if found.get(place) != "producer":
+                    found[place] = role
+
+    for number, record in enumerate(records):
+        if record.name == "dot_general":
+            (contract, batch) = record.eqn.params["dimension_numbers"]
+            pure = [value.pure for value in record.inputs]
+            for side, value in enumerate(record.inputs):
+                if not value.pure or all(pure):
+                    continue
+                used = {*contract[side], *batch[side]}
+                free = [d for d in range(len(value.axes)) if d not in used]
+                mark(value, contract[side], "consumer", number)
+                mark(value, free, "producer", number)
+        elif record.name == "conv_general_dilated":
+            kernel = record.inputs[1]
+            spec = record.eqn.params["dimension_numbers"].rhs_spec
+            if kernel.pure:
+                grouped = record.eqn.params["feature_group_count"] > 1
+                depthwise = grouped and record.eqn.invars[1].aval.shape[spec[1]] == 1
+                mark(kernel, [spec[1]], "consumer", number)
+                mark(kernel, [] if depthwise else [spec[0]], "producer", number)
+        elif record.name == "gather" and record.inputs[0].pure:
+            mark(record.outputs[0], range(len(record.outputs[0].axes)), "producer", number)
+    return found, first
+
+
+@dataclass(eq=False)
+class Channels:
+    """The channels of a graph.
+
+    Attributes:
+      groups: in the order in which the network first produces them.
+      unit_of: int array (classes,), the channel of each class, or -1.
+      places: {(path, axis): int array (n, F)}, the channels each index needs, -1
+        where it needs fewer; only axes on which something can go.
+    """
+
+    groups: tuple[Group, ...]
+    unit_of: np.ndarray
+    places: dict[Place, np.ndarray]
+
+    @property
+    def count(self) -> int:
+        return int(self.unit_of.max(initial=-1)) + 1
+
+
+def build(
+    atoms: Atoms,
+    classes: Classes,
+    values: Mapping[str, Value],
+    records: Sequence[Record],
+    leaves: Leaves,
+) -> Channels:
+    """Groups of channels with the same slots and the same part in each reshape."""
+    role_of, first_use = roles(atoms, records, leaves)
+    needs = {
+        (path, dim): classes.needs(axis)
+        for path, value in values.items()
+        for dim, axis in enumerate(value.axes)
+        if axis is not None
+    }
+    places = list(needs)
+    entries = [_entries(number, needs[place]) for number, place in enumerate(places)]
+    table = np.concatenate([e for e in entries if e.size] or [np.zeros((0, 3), int)])
+    table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
+    members = defaultdict(list)
+    for label, (rows, signature) in _signatures(table, classes, len(places)).items():
+        members[signature].append((label, rows))
+    unit_of = np.full(int(classes.label.max(initial=-1)) + 1, -1, np.int64)
+    found = []
+    for units in members.values():
+        if len(units) < 2:
+            continue
+        slots = _slots(table, [rows for _, rows in units], places, role_of)
+        slots.sort(key=lambda s: first_use.get((s.path, s.axis), len(records)))
+        lead = next((s for s in slots if s.role == "producer"), slots[0])
+        order = np.argsort(lead.index[:, 0], kind="stable")
+        slots = tuple(Slot(s.path, s.axis, s.index[order], s.role) for s in slots)
+        start = min(
+            first_use.get((s.path, s.axis), len(records)) for s in slots
+        )
+        labels = np.array([label for label, _ in units], np.int64)[order]
+        found.append((start, lead, slots, labels))
+    found.sort(key=lambda item: (item[0], item[1].path, item[1].axis))
+    groups, taken, count = [], set(), 0
+    for _, lead, slots, labels in found:
+        units = np.arange(count, count + labels.size)
+        count += labels.size
+        unit_of[labels] = units
+        name = _name(lead, taken)
+        groups.append(Group(name, labels.size, slots, units))
+    extended = np.append(unit_of, -1)
+    free = {place: extended[table] for place, table in needs.items()}
+    free = {place: table for place, table in free.items() if (table >= 0).any()}
+    return Channels(tuple(groups), unit_of, free)
+
+
+def _entries(number: int, needs: np.ndarray) -> np.ndarray:
+    """Rows (class, place, index) of one place."""
+    index, _ = np.nonzero(needs >= 0)
+    label = needs[needs >= 0]
+    return np.stack([label, np.full(label.size, number), index], axis=1)
+
+
+def _signatures(table: np.ndarray, classes: Classes, places: int):
+    """{class: ((first row, last row), signature)}: places with counts, and factors."""
+    parts = defaultdict(set)
+    node, first, second, _, block = classes.products
+    of = classes.label[node]
+    for factor, side in ((first, 0), (second, 1)):
+        label = classes.label[factor]
+        true = ~classes.frozen[of] & (of != label) & ~classes.frozen[label]
+        pairs = np.stack([label[true], 2 * block[true] + side], axis=1)
+        for unit, tag in np.unique(pairs, axis=0) if pairs.size else ():
+            parts[int(unit)].add(int(tag))
+    labels, starts = np.unique(table[:, 0], return_index=True)
+    stops = np.append(starts[1:], len(table))
+    found = {}
+    for label, start, stop in zip(labels, starts, stops, strict=True):
+        counts = np.bincount(table[start:stop, 1], minlength=places)
+        used = np.flatnonzero(counts)
+        tags = tuple(sorted(parts[int(label)])) if int(label) in parts else ()
+        signature = (used.tobytes(), counts[used].tobytes(), tags)
+        found[int(label)] = ((int(start), int(stop)), signature)
+    return found
+
+
+def _slots(
+    table: np.ndarray,
+    rows: Sequence[tuple[int, int]],
+    places: Sequence[Place],
+    role_of: Mapping[Place, Role],
+) -> list[Slot]:
+    stack = np.stack([table[start:stop, 1:] for start, stop in rows])
+    slots = []
+    for number in np.unique(stack[0, :, 0]):
+        mine = stack[0, :, 0] == number
+        path, axis = places[number]
+        role = role_of.get((path, axis), "other")
+        slots.append(Slot(path, axis, stack[:, mine, 1], role))
+    return slots
+
+
+def _name(lead: Slot, taken: set[str]) -> str:
+    """The layer that produces the group, made unique by axis, then by number."""
+    parts = lead.path.split("/")
+    if len(parts) > 2 and parts[0] == "params":
+        parts = parts[1:]
+    base = "/".join(parts[:-1] if len(parts) > 1 else parts)
+    names = [base, f"{base}.{lead.axis}"]
+    names += [f"{base}.{lead.axis}#{k}" for k in range(2, 2 + len(taken))]
+    name = next(name for name in [*names, f"{base}#"] if name not in taken)
+    taken.add(name)
+    return name

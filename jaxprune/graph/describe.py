@@ -1,0 +1,85 @@
+"""The channel graph in words: `print(graph)` and `graph.explain(path)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxprune.errors import GraphError
+from jaxprune.graph.rules.contraction import WINDOW
+
+if TYPE_CHECKING:
+    from jaxprune.graph.graph import ChannelGraph
+    from jaxprune.records import Group
+
+
+def describe(graph: ChannelGraph) -> str:
+    """Groups with sizes and members, costs, and what is frozen and why."""
+    lines = [
+        f"ChannelGraph: {len(graph.groups)} groups, {graph.channels.count} channels, "
+        f"{graph.macs():,} MACs, {graph.params():,} parameters"
+    ]
+    width = max((len(group.name) for group in graph.groups), default=0)
+    for group in graph.groups:
+        lines.append(f"  {group.name:<{width}}  {group.size:>5}  {_members(group)}")
+    frozen = _frozen_lines(graph)
+    lines += ["frozen:", *frozen] if frozen else []
+    for name, where in graph.unknown.items():
+        lines.append(f"no rule for {name!r} at {where}: all it touches is frozen")
+    return "\n".join(lines)
+
+
+def _members(group: Group) -> str:
+    made = [slot.path for slot in group.producers]
+    read = [slot.path for slot in group.consumers]
+    return f"made by {_few(made)}; read by {_few(read)}"
+
+
+def _few(paths: list[str], most: int = 3) -> str:
+    names = list(dict.fromkeys(path.removeprefix("params/") for path in paths))
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _frozen_lines(graph: ChannelGraph) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for item in graph.frozen:
+        if item.reason.endswith(WINDOW):
+            continue  # every kernel has window axes; nobody asks why
+        place = f"{item.path.removeprefix('params/')} axis {item.axis}"
+        by_reason.setdefault(item.reason, []).append(place)
+    return [f"  {_few(places)}: {why}" for why, places in by_reason.items()]
+
+
+def explain(graph: ChannelGraph, path: str) -> str:
+    """One paragraph an axis of the leaf: what it is tied to, or why it is frozen."""
+    if path not in graph.leaves:
+        near = [name for name in graph.leaves if path in name]
+        raise GraphError(
+            f"the model has no leaf {path!r}; "
+            f"{'did you mean' if near else 'its leaves are named like'} "
+            f"{(near or list(graph.leaves))[:5]}"
+        )
+    lines = []
+    for dim, axis in enumerate(graph.leaves[path].axes):
+        if axis is None:
+            continue
+        reasons = [f for f in graph.frozen if (f.path, f.axis) == (path, dim)]
+        if reasons:
+            lines.append(f"{path} axis {dim} ({axis.size}) is frozen: {reasons[0].reason}.")
+            continue
+        for group in graph.groups:
+            mine = [s for s in group.slots if (s.path, s.axis) == (path, dim)]
+            if not mine:
+                continue
+            each = mine[0].index.shape[1]
+            others = [
+                f"{s.path} axis {s.axis} ({s.role})" for s in group.slots if s is not mine[0]
+            ]
+            lines.append(
+                f"{path} axis {dim} ({axis.size}) belongs to group {group.name!r} of "
+                f"{group.size} channels, {each} indices a channel, as {mine[0].role}; "
+                f"it goes together with {', '.join(others) or 'nothing else'}."
+            )
+    return "\n".join(lines) or f"{path} has no axis that could hold channels."

@@ -1,0 +1,152 @@
+"""Runs a traced jaxpr with hooks at its call sites: taps, oracles, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from jaxprune import conv
+from jaxprune.graph.interpret import Site
+from jaxprune.graph.rules.control import inner_jaxpr
+
+# before(site, eqn, operands) -> operands; after(site, eqn, operands, results) -> results
+Before = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
+After = Callable[[Site, jex.JaxprEqn, list[Any], list[Any]], list[Any]]
+
+CALLS = frozenset(
+    """jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call
+    custom_vjp_call custom_vjp_call_jaxpr core_closed_call""".split()
+)
+
+
+class Stop(Exception):
+    """Raised by a hook to end an evaluation early."""
+
+
+def evaluate(
+    closed: jex.ClosedJaxpr,
+    arguments: Sequence[Any],
+    *,
+    before: Before | None = None,
+    after: After | None = None,
+    loops: bool = False,
+    site: Site = (),
+) -> list[Any]:
+    """Outputs of the jaxpr; calls are inlined, so custom derivatives are lost.
+
+    Args:
+      arguments: flat, as the jaxpr takes them.
+      before, after: see the types above; called at every equation but the calls.
+      loops: also go into scan, while and cond, step by step (concrete values only
+        for while and cond); otherwise they run as they are.
+      site: prefix of the sites that the hooks see.
+    """
+    environment: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else environment[atom]
+
+    jaxpr = closed.jaxpr
+    environment.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    environment.update(zip(jaxpr.invars, arguments, strict=True))
+    for number, eqn in enumerate(jaxpr.eqns):
+        here = (*site, number)
+        operands = [read(atom) for atom in eqn.invars]
+        options: dict[str, Any] = dict(before=before, after=after, loops=loops)
+        name = eqn.primitive.name
+        if name in CALLS:
+            results = evaluate(inner_jaxpr(eqn), operands, site=here, **options)
+        elif loops and name in _LOOPS:
+            results = _LOOPS[name](eqn, operands, here, options)
+        else:
+            if before:
+                operands = before(here, eqn, operands)
+            results = bind(eqn, operands)
+            if after:
+                results = after(here, eqn, operands, results)
+        environment.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def bind(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Results of one equation, convolutions by this device's fastest way."""
+    if eqn.primitive.name == "conv_general_dilated":
+        params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
+        return [conv.conv_general_dilated(*operands, **params)]
+    # JAX changed the form of bind parameters: a mapping, before that a pair.
+    found = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _scan(eqn, operands, site, options) -> list[Any]:
+    params = eqn.params
+    consts, carries = params["num_consts"], params["num_carry"]
+    fixed, carry = operands[:consts], operands[consts : consts + carries]
+    sliced, stacked = operands[consts + carries :], []
+    steps = range(params["length"])
+    for step in reversed(steps) if params["reverse"] else steps:
+        arguments = [*fixed, *carry, *(x[step] for x in sliced)]
+        results = evaluate(params["jaxpr"], arguments, site=site, **options)
+        carry = results[:carries]
+        stacked.append(results[carries:])
+    if params["reverse"]:
+        stacked.reverse()
+    return [*carry, *(jnp.stack(ys) for ys in zip(*stacked, strict=True))]
+
+
+def _while(eqn, operands, site, options) -> list[Any]:
+    params = eqn.params
+    of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
+    test, body = operands[:of_test], operands[of_test : of_test + of_body]
+    carry = operands[of_test + of_body :]
+    cond, step = params["cond_jaxpr"], params["body_jaxpr"]
+    while evaluate(cond, [*test, *carry], site=(*site, 0), **options)[0]:
+        carry = evaluate(step, [*body, *carry], site=(*site, 1), **options)
+    return carry
+
+
+def _cond(eqn, operands, site, options) -> list[Any]:
+    branches = eqn.params["branches"]
+    chosen = int(jnp.clip(operands[0], 0, len(branches) - 1))
+    return evaluate(branches[chosen], operands[1:], site=(*site, chosen), **options)
+
+
+_LOOPS: Mapping[str, Callable[..., list[Any]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+
+
+def has_loops(closed: jex.ClosedJaxpr) -> bool:
+    """True if a while or cond needs concrete values to be stepped through."""
+    return any(
+        eqn.primitive.name in ("while", "cond")
+        or any(has_loops(inner) for inner in sub_jaxprs(eqn))
+        for eqn in closed.jaxpr.eqns
+    )
+
+
+def sub_jaxprs(eqn: jex.JaxprEqn) -> list[jex.ClosedJaxpr]:
+    """The sub-jaxprs that the walk goes into, in the order of its sites."""
+    name = eqn.primitive.name
+    if name in CALLS:
+        return [inner_jaxpr(eqn)]
+    if name == "scan":
+        return [eqn.params["jaxpr"]]
+    if name == "while":
+        return [eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]]
+    if name == "cond":
+        return list(eqn.params["branches"])
+    return []
+
+
+def tree_arguments(variables: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The flat arguments of a traced call: leaves of the variables, then inputs."""
+    return jax.tree_util.tree_leaves((variables, tuple(inputs)))

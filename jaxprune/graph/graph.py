@@ -1,0 +1,343 @@
+"""ChannelGraph: what `trace` returns and every later stage reads."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from jaxprune import trees
+from jaxprune.conv import plain_convolutions
+from jaxprune.errors import GraphError, PlanError
+from jaxprune.graph import channels as channels_lib
+from jaxprune.graph.atoms import Atoms, Classes
+from jaxprune.graph.counts import Counter, Ledger, Terms, contraction_dims
+from jaxprune.graph.describe import describe, explain
+from jaxprune.graph.interpret import Record, Site, Value, Walk
+from jaxprune.graph.rules import RULES
+from jaxprune.records import Group, Plan
+
+OUTPUT = "it is an output of the model"
+UNUSED = "the forward pass does not read it"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An axis on which nothing can be removed, and why."""
+
+    path: str
+    axis: int
+    size: int
+    reason: str
+
+
+@dataclass(eq=False)
+class ChannelGraph:
+    """The channels of a traced model, and everything known of their use.
+
+    Attributes:
+      groups: channels that are ranked against each other, in network order.
+      frozen: axes of the variables that cannot shrink at all, with the reason.
+      unknown: {primitive: source line} of operations without a rule.
+      handle: the model, as its framework runs and rebuilds it.
+      variables: as given to `trace`; arrays or ShapeDtypeStructs.
+      inputs: shapes and dtypes of the example inputs.
+      closed: the jaxpr of the forward pass: leaves of the variables, then inputs.
+      records: one per equation and call site, in the order of execution.
+      leaves: node vectors of the variables, by name.
+      ignore: the patterns that were given to `trace`.
+      notes: what the handle noted while it was traced.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    unknown: Mapping[str, str]
+    handle: Any
+    variables: Any
+    inputs: tuple[Any, ...]
+    closed: jex.ClosedJaxpr
+    records: Mapping[Site, Record]
+    channels: channels_lib.Channels
+    classes: Classes
+    leaves: Mapping[str, Value]
+    ignore: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+    _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    # Groups and plans ---------------------------------------------------------
+
+    def group(self, name: str) -> Group:
+        """The group of that name."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise PlanError(
+            f"there is no group {name!r}; the graph has "
+            f"{[group.name for group in self.groups][:12]}"
+        )
+
+    def full_plan(self) -> Plan:
+        """The plan that keeps everything."""
+        sizes = {group.name: group.size for group in self.groups}
+        return Plan({name: np.arange(size) for name, size in sizes.items()}, sizes)
+
+    def complete(self, plan: Plan | Mapping[str, Any]) -> Plan:
+        """The plan checked against this graph; groups it leaves out are kept whole.
+
+        Raises:
+          PlanError: unknown groups, or sizes other than this graph's.
+        """
+        sizes = {group.name: group.size for group in self.groups}
+        if not isinstance(plan, Plan):
+            plan = Plan(plan, {n: s for n, s in sizes.items() if n in plan})
+        problems = [
+            f"group {name!r} is not in this graph"
+            if name not in sizes
+            else f"group {name!r}: expected {sizes[name]} channels, found {size}"
+            for name, size in plan.sizes.items()
+            if sizes.get(name) != size
+        ]
+        if problems:
+            raise PlanError(
+                "this plan is for another model:\n  " + "\n  ".join(problems[:8])
+                + "\nmake the plan from this graph with jp.select"
+            )
+        keep = {n: plan.keep.get(n, np.arange(s)) for n, s in sizes.items()}
+        return Plan(keep, sizes)
+
+    def unit_mask(self, plan: Plan | Mapping[str, Any]) -> np.ndarray:
+        """bool array (channels,): True where the plan keeps the channel."""
+        mask = np.ones(self.channels.count, bool)
+        plan = self.complete(plan)
+        for group in self.groups:
+            mask[group.units] = False
+            mask[group.units[plan[group.name]]] = True
+        return mask
+
+    def place_masks(self, plan: Plan | Mapping[str, Any]) -> dict[tuple[str, int], Any]:
+        """{(path, axis): bool array (n,)} for every axis on which something can go."""
+        extended = np.append(self.unit_mask(plan), True)
+        return {
+            place: extended[needs].all(1)
+            for place, needs in self.channels.places.items()
+        }
+
+    def needs(self, axis: np.ndarray) -> np.ndarray:
+        """int array (n, F): the channels that each index of a node vector needs."""
+        known = self._needs.get(id(axis))
+        if known is None or known[0] is not axis:
+            extended = np.append(self.channels.unit_of, -1)
+            known = (axis, extended[self.classes.needs(axis)])
+            self._needs[id(axis)] = known
+        return known[1]
+
+    def retrace(self, inputs: Sequence[Any]) -> ChannelGraph:
+        """The same graph for inputs of other shapes (another batch size)."""
+        structs = tuple(jax.tree.map(_struct, tuple(inputs)))
+        if structs == self.inputs:
+            return self
+        found = build(
+            self.handle, self.variables, inputs, ignore=self.ignore
+        )
+        sizes = [{g.name: g.size for g in graph.groups} for graph in (self, found)]
+        if sizes[0] != sizes[1]:
+            raise GraphError(
+                f"inputs of shapes {[s.shape for s in jax.tree.leaves(structs)]} give "
+                "other groups than those the graph was traced with, "
+                f"{[s.shape for s in jax.tree.leaves(self.inputs)]}; trace again"
+            )
+        return found
+
+    # Costs ----------------------------------------------------------------------
+
+    @cached_property
+    def _costs(self) -> tuple[Counter, dict[str, Terms]]:
+        ledger = Ledger(self.needs, self.channels.count)
+        terms = {kind: Terms([], []) for kind in ("macs", "params", "bytes")}
+        # The batch is the leading axis of the first input, if it has one.
+        first = jax.tree_util.tree_leaves(self.inputs)[:1]
+        batch = first[0].shape[0] if first and first[0].shape else 1
+
+        def add(kind: str, factor: float, dims: Any) -> None:
+            constant, rows = ledger.term(dims)
+            terms[kind].coefficient.append(factor * constant)
+            terms[kind].axes.append(rows)
+
+        for record in self.records.values():
+            dims = contraction_dims(record)
+            if dims is not None:
+                add("macs", record.repeat / max(batch, 1), dims)
+        for path, leaf in trees.flatten(self.variables).items():
+            dims = list(zip(self.leaves[path].axes, leaf.shape, strict=True))
+            if self.handle.is_parameter(path):
+                add("params", 1, dims)
+            add("bytes", getattr(leaf.dtype, "itemsize", 4), dims)
+        return ledger.counter(), terms
+
+    def cost(self, kind: str, plan: Plan | Mapping[str, Any] | None = None) -> int:
+        """MACs of one example, number of parameters, or bytes of all variables.
+
+        Args:
+          kind: "macs", "params" or "bytes".
+          plan: what is kept; None for the whole model.
+        """
+        counter, terms = self._costs
+        mask = np.ones(max(self.channels.count, 1), bool)
+        if plan is not None and self.channels.count:
+            mask = self.unit_mask(plan)
+        return round(terms[kind].total(counter.sizes(mask)))
+
+    def macs(self, plan: Plan | Mapping[str, Any] | None = None) -> int:
+        """Multiply-accumulates of one example in convolutions and matrix products."""
+        return self.cost("macs", plan)
+
+    def params(self, plan: Plan | Mapping[str, Any] | None = None) -> int:
+        """Number of trainable parameters."""
+        return self.cost("params", plan)
+
+    # Reading ----------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    def explain(self, path: str) -> str:
+        """Why the axes of the named leaf are frozen, or what they are tied to."""
+        return explain(self, path)
+
+
+def build(
+    handle: Any,
+    variables: Any,
+    inputs: Sequence[Any],
+    *,
+    ignore: Sequence[str] = (),
+    strict: bool = False,
+) -> ChannelGraph:
+    """The channel graph of `handle(variables, *inputs)`, traced without running it.
+
+    Args:
+      handle: the model, called as a pure function of variables and inputs.
+      variables: tree of arrays or ShapeDtypeStructs.
+      inputs: example inputs; only shapes and dtypes are read.
+      ignore: name patterns of groups or leaves that must keep every channel.
+      strict: raise at the first operation without a rule instead of freezing.
+    """
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    structs = jax.tree.map(_struct, (variables, tuple(inputs)))
+    notes: dict[str, int] = {}
+    with plain_convolutions():
+        closed = jax.make_jaxpr(lambda v, i: handle.trace(notes, v, *i))(*structs)
+    names = list(trees.flatten(structs[0]))
+    atoms = Atoms()
+    walk = Walk(atoms, RULES)
+    leaves = jax.tree_util.tree_leaves(structs[0])
+    values = {}
+    for name, leaf in zip(names, leaves, strict=True):
+        axes = tuple(walk.fresh(size) for size in leaf.shape)
+        values[name] = Value(axes, pure=True, leaf=name)
+    owners = channels_lib.Leaves.of(values, atoms.count)
+    others = jax.tree_util.tree_leaves(structs[1])
+    given = [Value((None,) * len(leaf.shape)) for leaf in others]
+    outputs = walk.closed(closed, [*values.values(), *given])
+    for value in outputs:
+        walk.pin(value.axes, OUTPUT)
+    _pin_unused(walk, closed, values)
+    _pin_ignored(walk, values, ignore)
+    if strict and walk.unknown:
+        name, where = next(iter(walk.unknown.items()))
+        raise GraphError(
+            f"operation {name!r} at {where} has no rule, so nothing it touches can "
+            "be pruned; trace without strict=True to freeze it"
+        )
+    classes = atoms.solve()
+    records = dict(sorted(walk.records.items()))
+    channels = channels_lib.build(
+        atoms, classes, values, list(records.values()), owners
+    )
+    return ChannelGraph(
+        groups=channels.groups,
+        frozen=_frozen(atoms, classes, values, channels),
+        unknown=dict(walk.unknown),
+        handle=handle,
+        variables=variables,
+        inputs=structs[1],
+        closed=closed,
+        records=records,
+        channels=channels,
+        classes=classes,
+        leaves=values,
+        ignore=ignore,
+        notes=notes,
+    )
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    array = np.asarray(leaf)
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _pin_unused(walk: Walk, closed: jex.ClosedJaxpr, values: Mapping[str, Value]) -> None:
+    read = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars}
+    read |= {id(var) for var in closed.jaxpr.outvars}
+    for var, value in zip(closed.jaxpr.invars, values.values(), strict=False):
+        if id(var) not in read:
+            walk.pin(value.axes, UNUSED)
+
+
+def _pin_ignored(
+    walk: Walk, values: Mapping[str, Value], ignore: Sequence[str]
+) -> None:
+    """Freezes what the patterns name: a leaf, or any part of a path."""
+    for pattern in ignore:
+        hits = [
+            path
+            for path in values
+            if fnmatch.fnmatchcase(path, pattern)
+            or fnmatch.fnmatchcase(path, f"{pattern}/*")
+            or fnmatch.fnmatchcase(path, f"*/{pattern}/*")
+        ]
+        if not hits:
+            raise GraphError(
+                f"ignore={pattern!r} matches no leaf; leaves are named like "
+                f"{list(values)[:3]}"
+            )
+        for path in hits:
+            # The output channels: what a layer makes, not what it reads.
+            axes = values[path].axes
+            walk.pin(axes[-1:], f"ignore={pattern!r}")
+
+
+def _frozen(
+    atoms: Atoms,
+    classes: Classes,
+    values: Mapping[str, Value],
+    channels: channels_lib.Channels,
+) -> tuple[Frozen, ...]:
+    reason: dict[int, str] = {}
+    for axis, why in atoms.pins:
+        for label in np.unique(classes.label[axis]):
+            reason.setdefault(int(label), why)
+    found = []
+    for path, value in values.items():
+        for dim, axis in enumerate(value.axes):
+            if axis is None or (path, dim) in channels.places:
+                continue
+            labels = np.unique(classes.label[axis])
+            whys = [reason[int(c)] for c in labels if int(c) in reason]
+            text = max(set(whys), key=whys.count) if whys else _lonely(classes, labels)
+            found.append(Frozen(path, dim, axis.size, text))
+    return tuple(found)
+
+
+def _lonely(classes: Classes, labels: np.ndarray) -> str:
+    if classes.frozen[labels].any():
+        return "it is part of a reshape whose other part is frozen"
+    return "all its indices form one channel, which cannot be removed"

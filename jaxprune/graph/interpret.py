@@ -1,0 +1,178 @@
+"""Walks a jaxpr on index vectors: every equation becomes a Record of its call site."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from jaxprune.graph.atoms import Atoms, Axis
+
+Site = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What the walk knows of one array.
+
+    Attributes:
+      axes: node ids per axis, or None where the axis is not tracked.
+      pure: True if it depends on the variables alone, not on the inputs.
+      leaf: name of the variables leaf it is (dtype casts aside), or None.
+    """
+
+    axes: tuple[Axis, ...]
+    pure: bool = False
+    leaf: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One equation at one call site (sub-jaxprs may be shared between sites).
+
+    Attributes:
+      site: equation numbers from the outermost jaxpr inwards.
+      eqn: the equation.
+      inputs, outputs: what the walk knew of its operands and results.
+      repeat: how often it runs (lengths of the scans around it, multiplied).
+    """
+
+    site: Site
+    eqn: jex.JaxprEqn
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    repeat: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.eqn.primitive.name
+
+
+Rule = Callable[["Walk", jex.JaxprEqn, Sequence[Value]], Sequence[tuple[Axis, ...]]]
+
+
+@dataclass(eq=False)
+class Walk:
+    """The state of one walk; rules call its methods."""
+
+    atoms: Atoms
+    rules: dict[str, Rule]
+    records: dict[Site, Record] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+    site: Site = ()
+    repeat: int = 1
+    _stack: list[jex.JaxprEqn] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """The user's source line of the equation at hand, innermost known."""
+        lines = (source_line(eqn) for eqn in reversed(self._stack))
+        return next((line for line in lines if line), "an unknown line")
+
+    def run(self, jaxpr: jex.Jaxpr, inputs: Sequence[Value]) -> list[Value]:
+        """Values of the outputs; ties and records are added on the way."""
+        environment: dict[Any, Value] = {}
+
+        def read(atom: Any) -> Value:
+            if isinstance(atom, jex.Literal):
+                return self.constant(atom.val, atom.aval.shape)
+            return environment[atom]
+
+        for var, value in zip(jaxpr.invars, inputs, strict=True):
+            environment[var] = value
+        outer = self.site
+        for number, eqn in enumerate(jaxpr.eqns):
+            self.site = (*outer, number)
+            self._stack.append(eqn)
+            values = [read(atom) for atom in eqn.invars]
+            results = self.apply(eqn, values)
+            self.records[self.site] = Record(
+                self.site, eqn, tuple(values), tuple(results), self.repeat
+            )
+            for var, value in zip(eqn.outvars, results, strict=True):
+                environment[var] = value
+            self._stack.pop()
+        self.site = outer
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def closed(self, closed: jex.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+        """As `run`, for a jaxpr that carries its constants."""
+        constants = [self.constant(c, np.shape(c)) for c in closed.consts]
+        return self.run(closed.jaxpr, [*constants, *inputs])
+
+    def apply(self, eqn: jex.JaxprEqn, values: Sequence[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        pure = all(value.pure for value in values)
+        rule = self.rules.get(name)
+        if rule is None:
+            self.unknown.setdefault(name, self.where)
+            why = f"{name} at {self.where} is not known"
+            for value in values:
+                self.pin(value.axes, why)
+            axes = [(None,) * len(var.aval.shape) for var in eqn.outvars]
+        else:
+            axes = list(rule(self, eqn, values))
+        if axes and isinstance(axes[0], Value):  # call-like rules return values
+            return axes  # type: ignore[return-value]
+        keeps = name in ("convert_element_type", "copy", "copy_p")
+        leaf = values[0].leaf if keeps and values else None
+        results = []
+        for var, found in zip(eqn.outvars, axes, strict=True):
+            shape = var.aval.shape
+            assert len(found) == len(shape), (name, found, shape)
+            for axis, size in zip(found, shape, strict=True):
+                assert axis is None or axis.size == size, (name, axis.size, shape)
+            results.append(Value(tuple(found), pure, leaf))
+        return results
+
+    def pin(self, axes: Sequence[Axis], why: str) -> None:
+        for axis in axes:
+            self.atoms.freeze(axis, why)
+
+    def fresh(self, size: int) -> Axis:
+        """A new axis that adopts its partner's channels; None for size 1 or 0."""
+        return self.atoms.fresh(size) if size > 1 else None
+
+    def constant(self, value: Any, shape: Sequence[int]) -> Value:
+        """A constant of the program: uniform axes adopt, varying ones freeze.
+
+        Abstract or extended-dtype constants (PRNG keys) count as varying.
+        """
+        if not shape or not math.prod(shape):
+            return Value((None,) * len(shape), pure=True)
+        if not isinstance(value, np.ndarray | np.generic) and not (
+            hasattr(value, "__array__") and getattr(value, "dtype", None) is not None
+            and np.issubdtype(np.dtype(value.dtype), np.generic)
+        ):
+            return Value((None,) * len(shape), pure=True)
+        array = np.asarray(value)
+        axes = []
+        for axis, size in enumerate(shape):
+            first = np.take(array, [0], axis)
+            axes.append(self.fresh(size) if (array == first).all() else None)
+        return Value(tuple(axes), pure=True)
+
+
+_LIBRARIES = tuple(
+    os.path.dirname(module.__file__ or "") + os.sep for module in (jax, flax)
+)
+_ENGINE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_MODELS = _ENGINE + "models" + os.sep
+
+
+def source_line(eqn: jex.JaxprEqn) -> str:
+    """"file.py:12 (function)" of the user's frame that made the equation, or ""."""
+    traceback = getattr(eqn.source_info, "traceback", None)
+    for frame in traceback.frames if traceback else ():
+        name = frame.file_name
+        inner = name.startswith(_ENGINE) and not name.startswith(_MODELS)
+        if not (inner or name.startswith(_LIBRARIES)):
+            return f"{os.path.basename(name)}:{frame.line_num} ({frame.function_name})"
+    return ""

@@ -1,0 +1,69 @@
+"""Contractions: dot_general and conv_general_dilated in all their forms."""
+
+from collections.abc import Sequence
+
+from jax.extend import core as jex
+
+from jaxprune.graph.atoms import Axis
+from jaxprune.graph.interpret import Value, Walk
+
+WINDOW = "slides over this axis"
+
+
+def dot_general(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Contracted and batch pairs are tied; the rest comes out: batch, lhs, rhs."""
+    left, right = values
+    (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
+    why = f"contracted at {walk.where} with an array that has no channels there"
+    for a, b in zip(contract_l, contract_r, strict=True):
+        walk.atoms.unite(left.axes[a], right.axes[b], why)
+    why = f"batched at {walk.where} with an array that has no channels there"
+    batch = [
+        walk.atoms.unite(left.axes[a], right.axes[b], why)
+        for a, b in zip(batch_l, batch_r, strict=True)
+    ]
+    used_l, used_r = {*contract_l, *batch_l}, {*contract_r, *batch_r}
+    free_l = [axis for d, axis in enumerate(left.axes) if d not in used_l]
+    free_r = [axis for d, axis in enumerate(right.axes) if d not in used_r]
+    return [(*batch, *free_l, *free_r)]
+
+
+def convolution(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Input channels are tied to the kernel's, output channels are the kernel's.
+
+    With G feature groups the input splits into (g, i) and the output into (g, o):
+    g is tied to g and i to the kernel's input axis, which covers grouped and
+    depthwise convolutions and channel multipliers.
+    """
+    image, kernel = values
+    numbers = eqn.params["dimension_numbers"]
+    lhs_spec, rhs_spec, out_spec = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+    why = f"convolution at {walk.where} {WINDOW}"
+    walk.pin([image.axes[d] for d in lhs_spec[2:]], why)
+    walk.pin([kernel.axes[d] for d in rhs_spec[2:]], why)
+    axes: list[Axis] = [None] * len(out_spec)
+    inputs, outputs = image.axes[lhs_spec[1]], kernel.axes[rhs_spec[0]]
+    taken = kernel.axes[rhs_spec[1]]
+    if eqn.params["batch_group_count"] != 1:
+        why = f"batch-grouped convolution at {walk.where}"
+        walk.pin([inputs, outputs, taken, image.axes[lhs_spec[0]]], why)
+        return [tuple(axes)]
+    axes[out_spec[0]] = image.axes[lhs_spec[0]]
+    groups = eqn.params["feature_group_count"]
+    why = f"convolved at {walk.where} with an array that has no channels there"
+    if groups == 1:
+        walk.atoms.unite(inputs, taken, why)
+    else:
+        shape = eqn.invars[0].aval.shape
+        features = eqn.invars[1].aval.shape[rhs_spec[0]]
+        per_group = shape[lhs_spec[1]] // groups
+        of_input, within = walk.atoms.split(inputs, (groups, per_group))
+        of_output, _ = walk.atoms.split(outputs, (groups, features // groups))
+        walk.atoms.unite(of_input, of_output, why)
+        if per_group > 1:
+            walk.atoms.unite(within, taken, why)
+    axes[out_spec[1]] = outputs
+    return [tuple(axes)]
+
+
+RULES = {"dot_general": dot_general, "conv_general_dilated": convolution}
