@@ -66,7 +66,7 @@ def gate_system(
     """
     kernel = np.asarray(kernel, np.float64)
     row_channel = np.asarray(row_channel)
-    rows, outputs = np.shape(moments.xty)
+    rows, outputs = np.shape(moments.xy)
     if kernel.shape != (rows, outputs) or row_channel.shape != (rows,):
         raise ScoreError(
             f"moments of {rows} rows and {outputs} outputs need a kernel "

@@ -69,7 +69,7 @@ def refit(
     Raises:
       ScoreError: shapes that do not fit, or NaN in the moments.
     """
-    rows, outputs = np.shape(moments.xty)
+    rows, outputs = np.shape(moments.xy)
     row_keep = np.asarray(row_keep, bool)
     prior = np.zeros((rows, outputs)) if kernel is None else np.asarray(kernel, "f8")
     if row_keep.shape != (rows,) or prior.shape != (rows, outputs):
@@ -93,20 +93,22 @@ def refit(
     return Refit(
         new.astype(np.float32),
         (cov.mean_y - cov.mean_x @ new).astype(np.float32),
-        _residual(cov.yy, gram, cross, solved),
+        _residual(cov, gram, cross, solved),
     )
 
 
 def relative_residual(moments: Moments, kernel, *, intercept: bool = True):
     """(N,) float64: as Refit.residual, of any kernel (R, N) with the best intercept."""
-    cov: Covariances = covariances(moments, centred=intercept)
-    return _residual(cov.yy, cov.xx, cov.xy, np.asarray(kernel, np.float64))
+    cov = covariances(moments, centred=intercept)
+    return _residual(cov, cov.xx, cov.xy, np.asarray(kernel, np.float64))
 
 
-def _residual(yy, gram, cross, kernel) -> np.ndarray:
-    error = yy - 2 * (kernel * cross).sum(0) + (kernel * (gram @ kernel)).sum(0)
-    varies = yy > 1e-12 * max(yy.max(initial=0.0), 1e-300)
-    return np.where(varies, np.maximum(error, 0.0) / np.where(varies, yy, 1.0), 0.0)
+def _residual(cov: Covariances, gram, cross, kernel) -> np.ndarray:
+    error = cov.yy - 2 * (kernel * cross).sum(0) + (kernel * (gram @ kernel)).sum(0)
+    # A constant target varies by float32 rounding of its mean only.
+    varies = cov.yy > np.maximum((1e-6 * cov.mean_y) ** 2, 1e-30)
+    scale = np.where(varies, cov.yy, 1.0)
+    return np.where(varies, np.maximum(error, 0.0) / scale, 0.0)
 
 
 def _solve(gram, cross, prior, ridge: float) -> np.ndarray:

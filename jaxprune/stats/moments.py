@@ -10,30 +10,34 @@ import numpy as np
 
 from jaxprune.stats import compensated
 
+# Rows of one float32 matrix product: longer ones lose digits (the error grows with their square root).
+BLOCK = 1024
+
 
 class Moments(NamedTuple):
-    """Sums over n samples of inputs x (R,) and targets y (N,).
+    """Means and centred second moments of inputs x (R,) and targets y (N,).
 
-    Each sum is float32 in two words: the field and its entry in `low`, of the
-    same shape; `to_float64` adds them up. Memory does not grow with n.
+    Centred, because uncentred float32 sums lose the variance of features whose mean
+    is large. Each entry is float32 in two words: the field and its entry in `low`, of
+    the same shape; `covariances` adds them up. Memory does not grow with samples.
 
     Attributes:
       count: (), the number of samples, or the sum of their weights.
-      sum_x: (R,).
-      sum_y: (N,).
-      xtx: (R, R), sum of x x^T.
-      xty: (R, N), sum of x y^T.
-      yty: (N,), sum of y^2.
-      low: the low words of the six sums, in this order.
+      mean_x: (R,).
+      mean_y: (N,).
+      xx: (R, R), sum of (x - mean_x)(x - mean_x)^T.
+      xy: (R, N), sum of (x - mean_x)(y - mean_y)^T.
+      yy: (N,), sum of (y - mean_y)^2.
+      low: the low words of the six, in this order.
     """
 
     count: Any
-    sum_x: Any
-    sum_y: Any
-    xtx: Any
-    xty: Any
-    yty: Any
-    low: tuple[Any, ...] = ()
+    mean_x: Any
+    mean_y: Any
+    xx: Any
+    xy: Any
+    yy: Any
+    low: tuple[Any, ...]
 
 
 def zeros(rows: int, outputs: int) -> Moments:
@@ -53,58 +57,79 @@ def update(
       weight: (n,), how often each sample counts: 0 for the padding of a last
         batch, so that shapes stay static. Default 1.
     """
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     if weight is None:
-        weight = jnp.ones(x.shape[0], jnp.float32)
-    weight = weight.astype(jnp.float32)
-    wx, wy = x * weight[:, None], y * weight[:, None]
-    # HIGHEST: the default would multiply in TF32 or bfloat16 on accelerators.
-    dot = lambda a, b: jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
-    batch = (
-        weight.sum(),
-        wx.sum(0),
-        wy.sum(0),
-        dot(wx, x),
-        dot(wx, y),
-        (wy * y).sum(0),
-    )
-    return _add(moments, batch, (0.0,) * 6)
+        weight = jnp.ones(x.shape[0])
+    for start in range(0, x.shape[0], BLOCK):
+        block = slice(start, start + BLOCK)
+        moments = merge(moments, _of_block(x[block], y[block], weight[block]))
+    return moments
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the samples of `a` and `b` together."""
-    return _add(a, b[:6], b.low)
+    """Moments of the samples of `a` and `b` together (Chan, Golub, LeVeque 1983)."""
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1e-30)
+    dx = (b.mean_x - a.mean_x) + (b.low[1] - a.low[1])
+    dy = (b.mean_y - a.mean_y) + (b.low[2] - a.low[2])
+    between = _between(dx, dy, a.count * share)
+    steps = (b.count, dx * share, dy * share, *b[3:6])
+    spread = (low + d for low, d in zip(b.low[3:], between, strict=True))
+    lows = (b.low[0], 0.0, 0.0, *spread)
+    pairs = [
+        compensated.add(*operands)
+        for operands in zip(a[:6], a.low, steps, lows, strict=True)
+    ]
+    return Moments(*(p[0] for p in pairs), low=tuple(p[1] for p in pairs))
 
 
 def psum(moments: Moments, axis_name: str) -> Moments:
     """Moments over all devices of the mapped axis; inside shard_map or pmap."""
-    pairs = [
-        compensated.psum(high, low, axis_name)
-        for high, low in zip(moments[:6], moments.low, strict=True)
+    total, total_low = compensated.psum(moments.count, moments.low[0], axis_name)
+    share = moments.count / jnp.maximum(total, 1e-30)
+    means = [
+        compensated.psum(moments[i] * share, moments.low[i] * share, axis_name)
+        for i in (1, 2)
     ]
+    dx, dy = (
+        (moments[i] - mean) + (moments.low[i] - low)
+        for i, (mean, low) in zip((1, 2), means, strict=True)
+    )
+    between = _between(dx, dy, moments.count)
+    rest = [
+        compensated.psum(moments[i], moments.low[i] + extra, axis_name)
+        for i, extra in zip((3, 4, 5), between, strict=True)
+    ]
+    pairs = [(total, total_low), *means, *rest]
     return Moments(*(p[0] for p in pairs), low=tuple(p[1] for p in pairs))
 
 
-def _add(moments: Moments, values: tuple[Any, ...], lows: tuple[Any, ...]) -> Moments:
-    pairs = [
-        compensated.add(*operands)
-        for operands in zip(moments[:6], moments.low, values, lows, strict=True)
-    ]
-    return Moments(*(p[0] for p in pairs), low=tuple(p[1] for p in pairs))
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    # HIGHEST: the default would multiply in TF32 or bfloat16 on accelerators.
+    return jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def to_float64(moments: Moments) -> Moments:
-    """The moments as NumPy float64 arrays on the host, both words added; low is ()."""
-    high = [np.asarray(a, np.float64) for a in moments[:6]]
-    if not moments.low:
-        return Moments(*high)
+def _between(dx: jax.Array, dy: jax.Array, weight: jax.Array) -> tuple[Any, Any, Any]:
+    """What means that lie (dx, dy) apart add to xx, xy and yy."""
+    return jnp.outer(dx, dx) * weight, jnp.outer(dx, dy) * weight, dy * dy * weight
+
+
+def _of_block(x: jax.Array, y: jax.Array, weight: jax.Array) -> Moments:
+    x, y, weight = (a.astype(jnp.float32) for a in (x, y, weight))
+    count = weight.sum()
+    share = (weight / jnp.maximum(count, 1e-30))[:, None]
+    mean_x, mean_y = (x * share).sum(0), (y * share).sum(0)
+    x, y = x - mean_x, y - mean_y
+    wx, wy = x * weight[:, None], y * weight[:, None]
+    second = _dot(wx, x), _dot(wx, y), (wy * y).sum(0)
+    # The rounding of the means, taken from the centred samples.
+    low = (jnp.zeros(()), (x * share).sum(0), (y * share).sum(0))
     return Moments(
-        *(h + np.asarray(a, np.float64) for h, a in zip(high, moments.low, strict=True))
+        count, mean_x, mean_y, *second, low=(*low, *map(jnp.zeros_like, second))
     )
 
 
 class Covariances(NamedTuple):
-    """Float64 second moments divided by the count, centred if asked.
+    """Float64 means and second moments divided by the count, on the host.
 
     Attributes:
       count: float.
@@ -124,16 +149,18 @@ def covariances(moments: Moments, *, centred: bool = True) -> Covariances:
     """Means and (co)variances, population form; no sample at all gives zeros.
 
     Args:
-      centred: subtract the products of the means, as an intercept does.
+      centred: second moments about the means, which an intercept takes; False: about
+        zero, and the means are reported as zero.
     """
-    m = to_float64(moments)
-    n = max(float(m.count), 1e-300)
-    mean_x, mean_y = m.sum_x / n, m.sum_y / n
+    count, mean_x, mean_y, xx, xy, yy = (
+        np.asarray(high, np.float64) + np.asarray(low, np.float64)
+        for high, low in zip(moments[:6], moments.low, strict=True)
+    )
+    n = max(float(count), 1e-300)
+    xx, xy, yy = xx / n, xy / n, yy / n
     if not centred:
+        xx += np.outer(mean_x, mean_x)
+        xy += np.outer(mean_x, mean_y)
+        yy += mean_y**2
         mean_x, mean_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
-    xx, xy = m.xtx / n, m.xty / n
-    if centred:
-        xx -= np.outer(mean_x, mean_x)
-        xy -= np.outer(mean_x, mean_y)
-    yy = np.maximum(m.yty / n - mean_y**2, 0.0)
-    return Covariances(float(m.count), mean_x, mean_y, xx, xy, yy)
+    return Covariances(float(count), mean_x, mean_y, xx, xy, yy)

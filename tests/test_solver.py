@@ -1,0 +1,354 @@
+"""The solver against scikit-learn, float64 lstsq and explicit sample matrices."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Lasso
+
+from jaxprune.errors import ScoreError
+from jaxprune.solver.cpli import cpli_select, scaled_scores, suppression
+from jaxprune.solver.gram import combine, gate_system
+from jaxprune.solver.lasso import lasso, select_exact
+from jaxprune.solver.refit import default_ridge, refit, relative_residual
+from jaxprune.stats import moments as mom
+
+
+def problem(channels, samples, seed=0):
+    rng = np.random.default_rng(seed)
+    mix = np.eye(channels) + rng.normal(size=(channels, channels)) / channels**0.5
+    x = rng.normal(size=(samples, channels)) @ mix
+    y = x @ rng.normal(0.5, 1, size=channels) + rng.normal(size=samples)
+    return x, y, x.T @ x / samples, x.T @ y / samples
+
+
+def moments_of(x, y, split=512):
+    m = mom.zeros(x.shape[1], y.shape[1])
+    for start in range(0, len(x), split):
+        m = mom.update(
+            m,
+            np.asarray(x[start : start + split], np.float32),
+            np.asarray(y[start : start + split], np.float32),
+        )
+    return m
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("channels, samples", [(1, 6), (12, 60), (50, 30), (90, 800)])
+def test_lasso_equals_scikit_learn(channels, samples, nonnegative):
+    x, y, gram, linear = problem(channels, samples)
+    for share in (0.7, 0.1, 0.01):
+        lam = share * np.abs(linear).max()
+        model = Lasso(
+            lam, positive=nonnegative, fit_intercept=False, tol=1e-12, max_iter=10**6
+        )
+        found = lasso(gram, linear, lam, nonnegative=nonnegative)
+        np.testing.assert_allclose(found, model.fit(x, y).coef_, atol=1e-7)
+    assert not lasso(gram, linear, 1.01 * np.abs(linear).max()).any()
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_selection_is_a_lasso_solution_with_the_exact_count(nonnegative):
+    x, y, gram, linear = problem(40, 400)
+    reached = int((lasso(gram, linear, 1e-9, nonnegative=nonnegative) != 0).sum())
+    for keep in range(1, reached):
+        found = select_exact(gram, linear, keep, nonnegative=nonnegative)
+        np.testing.assert_array_equal(found.kept, np.flatnonzero(found.gates))
+        assert found.kept.size == keep and found.lam > 0
+        model = Lasso(
+            found.lam, positive=nonnegative, fit_intercept=False, tol=1e-13,
+            max_iter=10**6,
+        )  # fmt: skip
+        np.testing.assert_allclose(found.gates, model.fit(x, y).coef_, atol=1e-6)
+
+
+def test_optimality_conditions_at_512_and_speed():
+    rng = np.random.default_rng(1)
+    x = np.maximum(rng.normal(size=(1000, 200)) @ rng.normal(size=(200, 512)), 0)
+    gram = x.T @ x / 1000
+    gram /= np.diag(gram).mean()
+    linear = gram.sum(1)
+    start = time.perf_counter()
+    found = select_exact(gram, linear, 256)
+    seconds = time.perf_counter() - start
+    slack = linear - gram @ found.gates
+    active = found.gates > 0
+    assert active.sum() == 256
+    np.testing.assert_allclose(slack[active], found.lam, rtol=1e-8)
+    assert (slack[~active] <= found.lam * (1 + 1e-8)).all()
+    assert seconds < 5  # 0.03 s on an idle machine
+
+
+def test_ties_duplicates_and_dead_channels():
+    gram = np.eye(6)
+    linear = np.ones(6)  # every gate reaches lambda at once
+    assert select_exact(gram, linear, 3).kept.tolist() == [0, 1, 2]
+    tie = np.array([0, 1, 0, 5, 1, 0.0])
+    assert select_exact(gram, linear, 3, tie_break=tie).kept.tolist() == [1, 3, 4]
+
+    x, y, _, _ = problem(8, 200)
+    x = np.concatenate([x, x[:, :4], np.zeros((200, 2))], axis=1)  # copies, then dead
+    y = x[:, :8].sum(1)
+    gram, linear = x.T @ x / 200, x.T @ y / 200
+    found = select_exact(gram, linear, 8)
+    assert found.kept.tolist() == list(range(8))  # one of each pair, the first
+    more = select_exact(gram, linear, 10)
+    assert more.kept.size == 10 and np.count_nonzero(more.gates) == 8
+    assert not {12, 13} & set(more.kept.tolist())
+    last = select_exact(gram, linear, 13, tie_break=np.arange(14.0))
+    assert last.kept.size == 13
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_degenerate_systems(size):
+    zero = np.zeros((size, size))
+    assert select_exact(zero, np.zeros(size), 1).kept.tolist() == [0]
+    whole = select_exact(np.eye(size), np.ones(size), size)
+    assert whole.kept.tolist() == list(range(size)) and (whole.gates == 1).all()
+    unwanted = select_exact(np.eye(size + 1), -np.ones(size + 1), 1)
+    assert unwanted.kept.tolist() == [0] and not unwanted.gates.any()
+
+
+def test_4096_channels():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1500, 4096)).astype(np.float32)
+    gram = (x.T @ x / 1500).astype(np.float64)
+    found = select_exact(gram, gram.sum(1), 300)
+    assert found.kept.size == 300 and np.count_nonzero(found.gates) == 300
+
+
+def test_selection_errors():
+    with pytest.raises(ScoreError, match=r"keep must lie in 1\.\.3.*found 4"):
+        select_exact(np.eye(3), np.ones(3), 4)
+    with pytest.raises(ScoreError, match="NaN or infinity"):
+        select_exact(np.eye(3), np.array([1, np.nan, 1]), 1)
+    with pytest.raises(ScoreError, match=r"gram \(C, C\)"):
+        lasso(np.eye(3), np.ones(2), 0.1)
+
+
+def gate_data(seed=0, samples=600, channels=7, taps=4, outputs=5, present=3):
+    rng = np.random.default_rng(seed)
+    row_channel = np.concatenate([np.tile(np.arange(channels), taps), [-1] * present])
+    rng.shuffle(row_channel)
+    rows = row_channel.size
+    x = np.maximum(rng.normal(0.4, 1, (samples, rows)), 0).astype(np.float32)
+    kernel = rng.normal(size=(rows, outputs)).astype(np.float32)
+    y = x @ kernel + rng.normal(size=(samples, outputs)).astype(np.float32) + 2
+    return x, y, kernel, row_channel, np.abs(rng.normal(size=outputs))
+
+
+def explicit_system(x, y, kernel, row_channel, s, *, centred=True):
+    """He et al.'s sample matrix: a column per channel, a row per sample and output."""
+    x, y, kernel = (a.astype(np.float64) for a in (x, y, kernel))
+    if centred:
+        x, y = x - x.mean(0), y - y.mean(0)
+    parts = [
+        (x[:, row_channel == c] @ kernel[row_channel == c] * s).ravel()
+        for c in range(row_channel.max() + 1)
+    ]
+    present = x[:, row_channel < 0] @ kernel[row_channel < 0]
+    z, target = np.stack(parts, axis=1), ((y - present) * s).ravel()
+    n = len(x)
+    return z.T @ z / n, z.T @ target / n, target @ target / n
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_gate_system_is_the_gram_of_the_sample_matrix(centred):
+    x, y, kernel, row_channel, s = gate_data()
+    moments = moments_of(x, y)
+    found = gate_system(
+        moments, kernel, row_channel, channels=7, output_weight=s, centred=centred
+    )
+    gram, linear, constant = explicit_system(
+        x, y, kernel, row_channel, s, centred=centred
+    )
+    np.testing.assert_allclose(found.gram, gram, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.linear, linear, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.constant, constant, rtol=1e-5)
+    wrong, _, _ = explicit_system(x, y, kernel, row_channel, s**2, centred=centred)
+    assert np.abs(wrong - gram).max() > 0.1  # s and s^2 are told apart
+    b = np.arange(7) / 7
+    np.testing.assert_allclose(
+        found.error(b), (b @ gram @ b - 2 * linear @ b + constant) / constant, rtol=1e-4
+    )
+
+
+def test_consumers_add_up():
+    one, two = gate_data(0), gate_data(1)
+    systems = [
+        gate_system(moments_of(x, y), w, r, channels=7, output_weight=s)
+        for x, y, w, r, s in (one, two)
+    ]
+    plain = combine(systems, balance=False)
+    np.testing.assert_allclose(plain.gram, systems[0].gram + systems[1].gram)
+    loud = systems[1]._replace(
+        gram=systems[1].gram * 100,
+        linear=systems[1].linear * 100,
+        constant=systems[1].constant * 100,
+    )
+    balanced = combine(systems)
+    np.testing.assert_allclose(combine([systems[0], loud]).gram, balanced.gram)
+    assert balanced.constant == pytest.approx(2.0)
+    with pytest.raises(ScoreError, match="a channel for each row"):
+        gate_system(moments_of(one[0], one[1]), one[2], one[3][1:], channels=7)
+
+
+def lstsq(x, y, keep):
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    inputs = np.concatenate([x[:, keep], np.ones((len(x), 1))], axis=1)
+    w = np.linalg.lstsq(inputs, y, rcond=None)[0]
+    error = ((y - inputs @ w) ** 2).mean(0) / y.var(0)
+    return w[:-1], w[-1], error
+
+
+def test_refit_equals_lstsq():
+    x, y, kernel, _, _ = gate_data(samples=3000)
+    keep = np.arange(x.shape[1]) % 3 > 0
+    found = refit(moments_of(x, y), keep, kernel=kernel, ridge=0.0)
+    w, b, error = lstsq(x, y, keep)
+    np.testing.assert_allclose(found.kernel[keep], w, atol=1e-4)
+    assert not found.kernel[~keep].any()
+    np.testing.assert_allclose(found.intercept, b, atol=1e-4)
+    np.testing.assert_allclose(found.residual, error, rtol=1e-4)
+    masked = relative_residual(moments_of(x, y), kernel * keep[:, None])
+    assert (masked > found.residual).all()
+    no_intercept = refit(moments_of(x, y), keep, ridge=0.0, intercept=False)
+    assert not no_intercept.intercept.any()
+    x64, y64 = x[:, keep].astype(np.float64), y.astype(np.float64)
+    w = np.linalg.lstsq(x64, y64, rcond=None)[0]
+    np.testing.assert_allclose(no_intercept.kernel[keep], w, atol=1e-4)
+
+
+def test_refit_on_ill_conditioned_rows():
+    """Condition number 1e10 and a near-constant target: the residual still agrees."""
+    rng = np.random.default_rng(0)
+    rows, samples = 96, 6000
+    basis, _ = np.linalg.qr(rng.normal(size=(rows, rows)))
+    spectrum = np.logspace(0, -5, rows)  # of x; its square for the Gram matrix
+    x = ((rng.normal(size=(samples, rows)) * spectrum) @ basis + 0.5).astype("f4")
+    y = x @ rng.normal(size=(rows, 8)) + 0.3 * rng.normal(size=(samples, 8))
+    y = y.astype(np.float32)
+    keep = np.arange(rows) % 2 == 0
+    found = refit(moments_of(x, y), keep, ridge=0.0)
+    inputs = x[:, keep].astype(np.float64)
+    error = y - inputs @ found.kernel[keep].astype(np.float64) - found.intercept
+    _, _, best = lstsq(x, y, keep)
+    measured = (error**2).mean(0) / y.astype(np.float64).var(0)
+    assert (measured <= best * (1 + 1e-4)).all()
+    np.testing.assert_allclose(found.residual, best, rtol=1e-4)
+    crude = x[:, keep].T @ x[:, keep]  # float32 normal equations without centring
+    wrong = np.linalg.solve(crude, x[:, keep].T @ y)
+    error = y - inputs @ wrong
+    assert ((error**2).mean(0) / y.var(0) > best * (1 + 1e-4)).any()
+
+
+def test_refit_falls_back_on_the_prior():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(6, 2)).astype(np.float32)
+    dead = moments_of(np.zeros((10, 6)), rng.normal(size=(10, 2)))
+    np.testing.assert_allclose(
+        refit(dead, np.ones(6, bool), kernel=kernel).kernel, kernel
+    )
+    nothing = refit(dead, np.zeros(6, bool), kernel=kernel)
+    assert not nothing.kernel.any()
+    np.testing.assert_allclose(nothing.residual, 1.0, rtol=1e-5)
+    # One sample cannot tell six weights apart; what it does not see stays.
+    x = rng.normal(size=(1, 6))
+    one = refit(moments_of(x, x @ kernel), np.ones(6, bool), kernel=kernel)
+    np.testing.assert_allclose(one.kernel, kernel, atol=1e-5)
+    twin = rng.normal(size=(500, 3)).astype(np.float32)
+    both = np.concatenate([twin, twin], axis=1)  # singular: duplicated rows
+    found = refit(moments_of(both, both @ kernel), np.arange(6) < 3, kernel=kernel)
+    np.testing.assert_allclose(found.kernel[:3], kernel[:3] + kernel[3:], atol=2e-4)
+    constant = refit(moments_of(both, np.full((500, 2), 4.0)), np.ones(6, bool))
+    np.testing.assert_allclose(constant.intercept, 4.0, rtol=1e-5)
+    assert not constant.residual.any()
+    with pytest.raises(ScoreError, match=r"row_keep \(6,\)"):
+        refit(dead, np.ones(5, bool))
+
+
+def test_prior_helps_with_few_samples():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(4000, 60)) @ rng.normal(size=(60, 60)) / 8
+    kernel = rng.normal(size=(60, 4))
+    y = x @ kernel + 0.5 * rng.normal(size=(4000, 4))
+    keep = np.arange(60) < 50
+    few, test = moments_of(x[:70], y[:70]), moments_of(x[2000:], y[2000:])
+
+    def loss(**options):
+        found = refit(few, keep, **options)
+        return relative_residual(test, found.kernel).mean()
+
+    assert loss(kernel=kernel) < loss(kernel=kernel, ridge=0.0)
+    assert loss(kernel=kernel, ridge=0.1) < loss(ridge=0.1)
+    assert default_ridge(10**9, 50) == 1e-6 and default_ridge(1, 50) == 1e-2
+    assert default_ridge(5000, 50) == pytest.approx(1e-4)
+
+
+def test_cpli_without_loss_is_the_lasso_of_he_et_al():
+    x, y, kernel, row_channel, _ = gate_data(samples=2000)
+    gram, linear, _ = explicit_system(x, y, kernel, row_channel, np.ones(5))
+    scale = np.diag(gram).mean()
+    terms = [(moments_of(x, y), kernel, row_channel, None)]
+    for keep in (2, 5, 7):
+        found = cpli_select(terms, np.ones(7), keep, mu=0.0, balance=False)
+        again = select_exact(gram / scale, linear / scale, keep)
+        np.testing.assert_array_equal(found.kept, again.kept)
+        np.testing.assert_allclose(found.gates, again.gates, atol=1e-3)
+
+
+def test_loss_term_and_suppression_steer_the_selection():
+    x, y, kernel, row_channel, _ = gate_data(samples=2000)
+    moments = moments_of(x, y)
+    base = cpli_select([(moments, kernel, row_channel, None)], np.ones(7), 3)
+    loser = min(set(range(7)) - set(base.kept.tolist()))
+    scores = np.ones(7)
+    scores[loser] = 50
+    pulled = cpli_select([(moments, kernel, row_channel, None)], scores, 3, mu=3.0)
+    assert loser in pulled.kept
+    # A channel that feeds only features which the next stage removes is not needed.
+    kernel = kernel.copy()
+    kernel[row_channel == 2] *= np.array([30, 0, 0, 0, 0])
+    term = moments_of(x, x @ kernel), kernel, row_channel
+    s = suppression(np.array([0.1, 1, 1, 1, 1]), 4)
+    assert s[0] == 0 and np.mean(s**2) == pytest.approx(1)
+    assert 2 in cpli_select([(*term, None)], np.ones(7), 3, mu=0.0).kept
+    assert 2 not in cpli_select([(*term, s)], np.ones(7), 6, mu=0.0).kept
+
+
+def test_scores_and_suppression():
+    np.testing.assert_allclose(scaled_scores([1, -3]), [0.5, -1.5])
+    assert not scaled_scores(np.zeros(4)).any()
+    with pytest.raises(ScoreError, match="1 values that are NaN"):
+        scaled_scores([1, np.nan])
+    with pytest.raises(ScoreError, match="no consumer"):
+        cpli_select([], np.ones(3), 2)
+    with pytest.raises(ScoreError, match=r"keep must lie in 1\.\.2"):
+        suppression([1, 2], 3)
+    weight = suppression([1.0, 4.0, 9.0, 0.0], 4)
+    np.testing.assert_allclose(weight / weight[0], [1, 2, 3, 0])
+    flat = suppression([1.0, 4.0, 9.0, 0.0], 2, importance=False, floor=0.5)
+    np.testing.assert_allclose(flat / flat[1], [0.5, 1, 1, 0.5])
+
+
+def test_best_subset_is_found_where_channels_are_independent():
+    """With orthogonal parts the path's support is the best subset of all."""
+    rng = np.random.default_rng(5)
+    basis, _ = np.linalg.qr(rng.normal(size=(300, 6)))
+    x = (basis - basis.mean(0)) * 17
+    kernel = np.diag(rng.uniform(0.5, 3, 6))
+    moments = moments_of(x, x @ kernel)
+    found = cpli_select([(moments, kernel, np.arange(6), None)], np.ones(6), 3, mu=0.0)
+    errors = {
+        kept: refit(moments, np.isin(np.arange(6), kept), ridge=0.0).residual
+        @ np.diag(kernel) ** 2
+        for kept in itertools.combinations(range(6), 3)
+    }
+    assert tuple(found.kept) == min(errors, key=errors.get)
+
+
+def test_the_same_call_gives_the_same_bits():
+    _, _, gram, linear = problem(30, 100)
+    first, second = (select_exact(gram, linear, 11) for _ in range(2))
+    np.testing.assert_array_equal(first.gates, second.gates)
