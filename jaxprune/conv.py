@@ -1,4 +1,4 @@
-"""A convolution that stays fast on XLA:CPU where the output map is tiny."""
+"""A convolution and a max pool that stay fast where XLA:CPU's are slow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +24,7 @@ _plain = jax.make_user_context(False)
 
 
 def plain_convolutions() -> AbstractContextManager[None]:
-    """A context in which every convolution is XLA's own, as graph tracing needs.
+    """A context in which convolutions and pools are XLA's own, for graph tracing.
 
     Holds for the thread that enters it. Functions under `jax.jit` that were traced
     outside are traced again inside.
@@ -54,8 +55,7 @@ def conv_general_dilated(
     matrix products (see `_by_position`); all else goes to `lax`.
     """
     if (
-        not _plain.value
-        and jax.default_backend() == "cpu"
+        _rewrites()
         and batch_group_count == feature_group_count == 1
         and out_sharding is None
         and set(lhs_dilation or (1,)) == set(rhs_dilation or (1,)) == {1}
@@ -89,6 +89,26 @@ def conv_general_dilated(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
+
+
+def max_pool_2x2(x: jax.Array) -> jax.Array:
+    """The maxima of the 2x2 blocks of `x` (N, H, W, C): (N, H // 2, W // 2, C).
+
+    On the CPU backend as a maximum of four strided slices, whose gradient is 15 times
+    as fast as that of XLA's pooling (5 against 86 ms at 64 x 32 x 32 x 64, 2 cores).
+    There the gradient of tied maxima is shared between them; behind a ReLU that
+    makes no difference, since ties are at zero.
+    """
+    if not _rewrites():
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+    bottom, right = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    top_row = jnp.maximum(x[:, :bottom:2, :right:2], x[:, :bottom:2, 1:right:2])
+    low_row = jnp.maximum(x[:, 1:bottom:2, :right:2], x[:, 1:bottom:2, 1:right:2])
+    return jnp.maximum(top_row, low_row)
+
+
+def _rewrites() -> bool:
+    return not _plain.value and jax.default_backend() == "cpu"
 
 
 def _layout(lhs, rhs, dimension_numbers) -> lax.ConvDimensionNumbers:

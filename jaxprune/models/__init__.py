@@ -37,7 +37,16 @@ def _registry() -> dict[str, _Entry]:
             resnet_imagenet,
             {"stage_blocks": (3, 4, 6, 3), "bottleneck": True},
         ),
-        "vit_cifar": (vit, {"embed_width": 128, "depth": 4, "heads": 4, "patch": 4}),
+        "vit_cifar": (
+            vit,
+            {
+                "embed_width": 128,
+                "depth": 4,
+                "heads": 4,
+                "patch": 4,
+                "num_classes": 10,
+            },
+        ),
         "vit_tiny": (vit, {"embed_width": 192, "heads": 3}),
         "vit_small": (vit, {"embed_width": 384, "heads": 6}),
         "vit_b16": (vit, {"embed_width": 768, "heads": 12}),

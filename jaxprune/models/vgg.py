@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxprune.conv import max_pool_2x2
 from jaxprune.errors import ConfigError
 from jaxprune.models.layers import as_logits, conv, scale_width, width_of
 
@@ -68,7 +69,7 @@ class VGG(nn.Module):
                 )(x)
             x = nn.relu(x)
             if i in self.pool_after:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool_2x2(x)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden_widths):
             x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"hidden{i}")(x))
