@@ -1,0 +1,149 @@
+"""Legal counts, and the longest affordable top of a priority list.
+
+Every strategy is one idea: give each channel a priority, keep the top of the list.
+The length of the top is bisected on the true cost, then what the budget still has
+room for is filled step by step. Counts are legal at every moment: within the caps,
+multiples of `round_to` (or the group's whole size), never zero.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprune.errors import BudgetError, PlanError
+from jaxprune.records import Group
+
+# Calls of the cost function that filling up may take, after the bisection's 20.
+FILL_CALLS = 400
+
+
+class Limits(NamedTuple):
+    """Legal counts of each group, {name: count}; a count is legal in steps of `step`."""
+
+    low: Mapping[str, int]
+    high: Mapping[str, int]
+    step: int
+
+    def legal(self, name: str, count: int, size: int) -> int:
+        """The least legal count that is not below `count`, at most the largest."""
+        rounded = min(math.ceil(count / self.step) * self.step, size)
+        return int(np.clip(rounded, self.low[name], self.high[name]))
+
+
+def limits(
+    groups: Sequence[Group],
+    *,
+    round_to: int = 1,
+    min_keep: int = 1,
+    min_ratio: float = 0.0,
+    overrides: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
+) -> Limits:
+    """The least and the largest legal count of each group.
+
+    Args:
+      round_to: counts are multiples of it, rounded up, or the group's whole size.
+      min_keep, min_ratio: each group keeps at least this number and this share.
+      overrides: {name pattern: share kept}; fixes the groups it matches. Patterns are
+        those of fnmatch ("block*/conv1"); the first that matches decides.
+      ignore: patterns of groups that are kept whole.
+
+    Raises:
+      PlanError: an option out of range, or a pattern that matches no group.
+    """
+    overrides = dict(overrides or {})
+    bad = [f"{p!r}: {r}" for p, r in overrides.items() if not 0 < r <= 1]
+    if bad or round_to < 1 or min_keep < 1 or not 0 <= min_ratio <= 1:
+        raise PlanError(
+            "expected round_to >= 1, min_keep >= 1, min_ratio in 0..1 and overrides "
+            f"in (0, 1]; found round_to={round_to}, min_keep={min_keep}, "
+            f"min_ratio={min_ratio}, overrides {bad or 'fine'}"
+        )
+    names = [g.name for g in groups]
+    lost = [p for p in (*overrides, *ignore) if not fnmatch.filter(names, p)]
+    if lost:
+        raise PlanError(
+            f"no group matches {lost}; the groups are {names[:8]}"
+            f"{' ...' if len(names) > 8 else ''}"
+        )
+    low, high = {}, {}
+    for group in groups:
+        size = group.size
+
+        def rounded(count: float, size: int = size) -> int:
+            # 1e-9: 0.3 * 10 is 3.0000000000000004 in floating point.
+            whole = math.ceil(max(count, 1) - 1e-9)
+            return min(math.ceil(whole / round_to) * round_to, size)
+
+        low[group.name] = rounded(max(min_keep, min_ratio * size))
+        high[group.name] = size
+        if any(fnmatch.fnmatch(group.name, p) for p in ignore):
+            low[group.name] = size
+            continue
+        for pattern, ratio in overrides.items():
+            if fnmatch.fnmatch(group.name, pattern):
+                low[group.name] = high[group.name] = rounded(round(ratio * size))
+                break
+    return Limits(low, high, round_to)
+
+
+def fit(groups, priorities, cost, limit: float, bounds: Limits) -> dict[str, int]:
+    """Counts of the longest affordable top of the priority list, then filled up."""
+    sizes = {g.name: g.size for g in groups}
+    names = list(sizes)
+    owner = np.repeat(np.arange(len(names)), [sizes[n] for n in names])
+    values = np.concatenate([priorities[n] for n in names]) if names else np.zeros(0)
+    place = np.concatenate([np.arange(s) for s in sizes.values()]) if names else values
+    order = owner[np.lexsort((place, owner, -values))]
+
+    def counts(top: int) -> dict[str, int]:
+        taken = np.bincount(order[:top], minlength=len(names))
+        return {
+            n: bounds.legal(n, int(k), sizes[n])
+            for n, k in zip(names, taken, strict=True)
+        }
+
+    least = counts(0)
+    floor = cost(least)
+    if floor > limit:
+        raise BudgetError(
+            f"the budget of {limit:.6g} cannot be met: with every group at its "
+            f"smallest legal count the cost is {floor:.6g}; ask for at least that, or "
+            "relax round_to, min_keep, min_ratio, overrides or ignore"
+        )
+    affordable, beyond = 0, order.size + 1
+    while beyond - affordable > 1:
+        middle = (affordable + beyond) // 2
+        if cost(counts(middle)) <= limit:
+            affordable = middle
+        else:
+            beyond = middle
+    return _filled(counts(affordable), sizes, priorities, cost, limit, bounds)
+
+
+def _filled(counts, sizes, priorities, cost, limit: float, bounds: Limits):
+    """Counts with single steps added, highest priority first, while they fit."""
+    queue = []
+
+    def push(name: str) -> None:
+        if counts[name] < bounds.high[name]:
+            priority = priorities[name][counts[name]]
+            heapq.heappush(queue, (-priority, list(sizes).index(name), name))
+
+    for name in sizes:
+        push(name)
+    for _ in range(FILL_CALLS):
+        if not queue:
+            break
+        _, _, name = heapq.heappop(queue)
+        larger = bounds.legal(name, counts[name] + 1, sizes[name])
+        if cost({**counts, name: larger}) <= limit:
+            counts[name] = larger
+            push(name)
+    return counts
