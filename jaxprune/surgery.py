@@ -63,7 +63,8 @@ def slice_variables(
     keep = keep_indices(graph, plan)
     leaves = checked_leaves(graph, variables)
     return trees.unflatten_like(
-        variables, {path: take(leaf, keep.get(path, {})) for path, leaf in leaves.items()}
+        variables,
+        {path: take(leaf, keep.get(path, {})) for path, leaf in leaves.items()},
     )
 
 
@@ -110,7 +111,8 @@ def shrink(
     small = slice_variables(graph, plan, source)
     handle = slim_handle(graph, plan, small)
     groups = [
-        {"name": g.name, "size": g.size, "kept": len(plan[g.name])} for g in graph.groups
+        {"name": g.name, "size": g.size, "kept": len(plan[g.name])}
+        for g in graph.groups
     ]
     settings = graph.handle.settings(graph.notes, graph.place_masks(plan))
     return Slim(handle.model, small, plan, {"groups": groups, "settings": settings})
@@ -145,9 +147,7 @@ def mask_variables(
     return trees.unflatten_like(variables, leaves)
 
 
-def shrink_like(
-    graph: ChannelGraph, plan: Plan | Mapping[str, Any], tree: Any
-) -> Any:
+def shrink_like(graph: ChannelGraph, plan: Plan | Mapping[str, Any], tree: Any) -> Any:
     """A tree that mirrors the variables (momentum, Adam moments, an EMA), sliced.
 
     A leaf mirrors a variable if its path ends with the variable's path (with or

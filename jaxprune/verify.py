@@ -96,7 +96,9 @@ def _align(
         ]
         inner = list(zip(sub_jaxprs(eqn), sub_jaxprs(other), strict=True))
         for branch, (a, b) in enumerate(inner):
-            deeper = here if len(inner) == 1 and record.name != "cond" else (*here, branch)
+            deeper = (
+                here if len(inner) == 1 and record.name != "cond" else (*here, branch)
+            )
             _align(graph, mask, a, b, deeper, literals)
 
 

@@ -204,7 +204,11 @@ def group_settings(
     found = []
     for path, count in notes.items():
         place = next(
-            (p for p in masks if p[0] in (f"params/{path}/scale", f"params/{path}/bias")),
+            (
+                p
+                for p in masks
+                if p[0] in (f"params/{path}/scale", f"params/{path}/bias")
+            ),
             None,
         )
         if place is not None:

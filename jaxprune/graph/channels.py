@@ -102,7 +102,12 @@ def roles(
                 mark(kernel, [spec[1]], "consumer", number)
                 mark(kernel, [] if depthwise else [spec[0]], "producer", number)
         elif record.name == "gather" and record.inputs[0].pure:
-            mark(record.outputs[0], range(len(record.outputs[0].axes)), "producer", number)
+            mark(
+                record.outputs[0],
+                range(len(record.outputs[0].axes)),
+                "producer",
+                number,
+            )
     return found, first
 
 
@@ -158,9 +163,7 @@ def build(
         lead = next((s for s in slots if s.role == "producer"), slots[0])
         order = np.argsort(lead.index[:, 0], kind="stable")
         slots = tuple(Slot(s.path, s.axis, s.index[order], s.role) for s in slots)
-        start = min(
-            first_use.get((s.path, s.axis), len(records)) for s in slots
-        )
+        start = min(first_use.get((s.path, s.axis), len(records)) for s in slots)
         labels = np.array([label for label, _ in units], np.int64)[order]
         found.append((start, lead, slots, labels))
     found.sort(key=lambda item: (item[0], item[1].path, item[1].axis))

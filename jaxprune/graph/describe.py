@@ -67,7 +67,9 @@ def explain(graph: ChannelGraph, path: str) -> str:
             continue
         reasons = [f for f in graph.frozen if (f.path, f.axis) == (path, dim)]
         if reasons:
-            lines.append(f"{path} axis {dim} ({axis.size}) is frozen: {reasons[0].reason}.")
+            lines.append(
+                f"{path} axis {dim} ({axis.size}) is frozen: {reasons[0].reason}."
+            )
             continue
         for group in graph.groups:
             mine = [s for s in group.slots if (s.path, s.axis) == (path, dim)]
@@ -75,7 +77,9 @@ def explain(graph: ChannelGraph, path: str) -> str:
                 continue
             each = mine[0].index.shape[1]
             others = [
-                f"{s.path} axis {s.axis} ({s.role})" for s in group.slots if s is not mine[0]
+                f"{s.path} axis {s.axis} ({s.role})"
+                for s in group.slots
+                if s is not mine[0]
             ]
             lines.append(
                 f"{path} axis {dim} ({axis.size}) belongs to group {group.name!r} of "

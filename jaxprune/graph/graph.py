@@ -105,7 +105,8 @@ class ChannelGraph:
         ]
         if problems:
             raise PlanError(
-                "this plan is for another model:\n  " + "\n  ".join(problems[:8])
+                "this plan is for another model:\n  "
+                + "\n  ".join(problems[:8])
                 + "\nmake the plan from this graph with jp.select"
             )
         keep = {n: plan.keep.get(n, np.arange(s)) for n, s in sizes.items()}
@@ -142,9 +143,7 @@ class ChannelGraph:
         structs = tuple(jax.tree.map(_struct, tuple(inputs)))
         if structs == self.inputs:
             return self
-        found = build(
-            self.handle, self.variables, inputs, ignore=self.ignore
-        )
+        found = build(self.handle, self.variables, inputs, ignore=self.ignore)
         sizes = [{g.name: g.size for g in graph.groups} for graph in (self, found)]
         if sizes[0] != sizes[1]:
             raise GraphError(
@@ -240,7 +239,7 @@ def build(
     values = {}
     for name, leaf in zip(names, leaves, strict=True):
         axes = tuple(walk.fresh(size) for size in leaf.shape)
-        values[name] = Value(axes, pure=True, leaf=name)
+        values[name] = Value(axes, pure=True, leaf=name, source=name)
     owners = channels_lib.Leaves.of(values, atoms.count)
     others = jax.tree_util.tree_leaves(structs[1])
     given = [Value((None,) * len(leaf.shape)) for leaf in others]
@@ -284,7 +283,9 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def _pin_unused(walk: Walk, closed: jex.ClosedJaxpr, values: Mapping[str, Value]) -> None:
+def _pin_unused(
+    walk: Walk, closed: jex.ClosedJaxpr, values: Mapping[str, Value]
+) -> None:
     read = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars}
     read |= {id(var) for var in closed.jaxpr.outvars}
     for var, value in zip(closed.jaxpr.invars, values.values(), strict=False):

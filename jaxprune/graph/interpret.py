@@ -17,6 +17,9 @@ from jaxprune.graph.atoms import Atoms, Axis
 
 Site = tuple[int, ...]
 
+CASTS = frozenset(("convert_element_type", "copy", "copy_p"))
+VIEWS = CASTS | {"reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose"}
+
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -26,11 +29,13 @@ class Value:
       axes: node ids per axis, or None where the axis is not tracked.
       pure: True if it depends on the variables alone, not on the inputs.
       leaf: name of the variables leaf it is (dtype casts aside), or None.
+      source: as `leaf`, but it may have been reshaped or broadcast since.
     """
 
     axes: tuple[Axis, ...]
     pure: bool = False
     leaf: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,15 +126,15 @@ class Walk:
             axes = list(rule(self, eqn, values))
         if axes and isinstance(axes[0], Value):  # call-like rules return values
             return axes  # type: ignore[return-value]
-        keeps = name in ("convert_element_type", "copy", "copy_p")
-        leaf = values[0].leaf if keeps and values else None
+        leaf = values[0].leaf if name in CASTS and values else None
+        source = values[0].source if name in VIEWS and values else None
         results = []
         for var, found in zip(eqn.outvars, axes, strict=True):
             shape = var.aval.shape
             assert len(found) == len(shape), (name, found, shape)
             for axis, size in zip(found, shape, strict=True):
                 assert axis is None or axis.size == size, (name, axis.size, shape)
-            results.append(Value(tuple(found), pure, leaf))
+            results.append(Value(tuple(found), pure, leaf, source))
         return results
 
     def pin(self, axes: Sequence[Axis], why: str) -> None:
@@ -148,7 +153,8 @@ class Walk:
         if not shape or not math.prod(shape):
             return Value((None,) * len(shape), pure=True)
         if not isinstance(value, np.ndarray | np.generic) and not (
-            hasattr(value, "__array__") and getattr(value, "dtype", None) is not None
+            hasattr(value, "__array__")
+            and getattr(value, "dtype", None) is not None
             and np.issubdtype(np.dtype(value.dtype), np.generic)
         ):
             return Value((None,) * len(shape), pure=True)
@@ -168,7 +174,7 @@ _MODELS = _ENGINE + "models" + os.sep
 
 
 def source_line(eqn: jex.JaxprEqn) -> str:
-    """"file.py:12 (function)" of the user's frame that made the equation, or ""."""
+    """ "file.py:12 (function)" of the user's frame that made the equation, or ""."""
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in traceback.frames if traceback else ():
         name = frame.file_name

@@ -18,7 +18,9 @@ def gather(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     gone = {*numbers.collapsed_slice_dims, *batching}
     kept = [dim for dim in range(len(shape)) if dim not in gone]
     why = f"indexed at {walk.where}"
-    whole = {d for d in kept if sizes[d] == shape[d] and d not in numbers.start_index_map}
+    whole = {
+        d for d in kept if sizes[d] == shape[d] and d not in numbers.start_index_map
+    }
     for dim, axis in enumerate(operand.axes):
         if dim not in whole:
             walk.atoms.freeze(axis, why)
@@ -79,7 +81,9 @@ def scatter(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     return [tuple(axes)]
 
 
-_SCATTERS = "scatter scatter_add scatter-add scatter_mul scatter_min scatter_max".split()
+_SCATTERS = (
+    "scatter scatter_add scatter-add scatter_mul scatter_min scatter_max".split()
+)
 
 RULES = {
     "gather": gather,

@@ -198,9 +198,7 @@ def tile(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """Repeats of an axis: a product of a new uniform axis and the old one."""
     old = eqn.invars[0].aval.shape
     axes: list[Axis] = []
-    for axis, size, reps in zip(
-        values[0].axes, old, eqn.params["reps"], strict=True
-    ):
+    for axis, size, reps in zip(values[0].axes, old, eqn.params["reps"], strict=True):
         if reps == 1:
             axes.append(axis)
         else:

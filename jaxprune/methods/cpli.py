@@ -1,0 +1,141 @@
+"""CPLI: selection by reconstruction, classification loss and feature importance.
+
+Guo, Ouyang, Xu, AAAI 2020, arXiv:2003.06757; the objective stands in
+`jaxprune.solver.cpli`. With mu = 0 and no suppression it is He et al. 2017
+(arXiv:1707.06168), `method="lasso"`.
+
+Our reading where the paper leaves room: the gates sit on what the consumers read, so
+that dL/db_c needs no hooks; t_c is the mean over examples of |dL/db_c| (the signed
+mean of a trained network is noise about zero); s_j weighs the consumer's outputs by
+the t of the channels they become, and is zero for those that the next group, at its
+own count, will not keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxprune.graph import ChannelGraph
+from jaxprune.methods.measure import (
+    Calibration,
+    LossFn,
+    gate_gradients,
+)
+from jaxprune.methods.reconstruct import (
+    Passes,
+    Progress,
+    Reconstruction,
+    Refit,
+    Term,
+    reconstruct,
+)
+from jaxprune.methods.taps import Tap, find_taps
+from jaxprune.records import Group
+from jaxprune.solver.cpli import cpli_select, suppression
+
+LossTerm = Literal["example", "batch"]
+
+
+def cpli(
+    graph: ChannelGraph,
+    variables: Any,
+    calibration: Calibration,
+    counts: Mapping[str, int],
+    *,
+    groups: Sequence[Group],
+    fallback: Mapping[str, np.ndarray],
+    loss_fn: LossFn,
+    mu: float = 1.0,
+    feature_importance: bool = True,
+    loss_term: LossTerm = "example",
+    refit: Refit = "lstsq",
+    passes: Passes = "sequential",
+    positions: int | None = 10,
+    ridge: float | None = None,
+    nonnegative: bool = True,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> Reconstruction:
+    """Chooses `counts[group]` channels of every group and refits their consumers.
+
+    Args:
+      graph: traced with inputs of the calibration's batch shape.
+      counts: channels to keep, by group name.
+      fallback: scores (C,) for groups that no tap reads.
+      loss_fn: (outputs, y) -> per-example losses (B,).
+      mu: weight of the classification loss; 0 needs no labels.
+      feature_importance: weigh what the next stage keeps (s_j).
+      loss_term: "example" for the mean |dL/db|, "batch" for |mean dL/db|.
+      The other options are those of `reconstruct`.
+    """
+    taps = find_taps(graph)
+    gates: dict[str, np.ndarray] = {}
+    if mu > 0 or feature_importance:
+        gates = gate_gradients(graph, taps, variables, calibration, loss_fn)
+    loss = {
+        name: found[1] if loss_term == "example" else np.abs(found[0])
+        for name, found in gates.items()
+    }
+
+    def choose(group: Group, terms: Sequence[Term]) -> np.ndarray:
+        keep = counts[group.name]
+        if keep >= group.size:
+            return np.arange(group.size)
+        if not terms:
+            return top(fallback[group.name], keep)
+        weights = [
+            output_weight(graph, term.tap, loss, counts) if feature_importance else None
+            for term in terms
+        ]
+        selection = cpli_select(
+            [
+                (term.moments, term.kernel, term.row_channel, weight)
+                for term, weight in zip(terms, weights, strict=True)
+            ],
+            loss.get(group.name, np.zeros(group.size)),
+            keep,
+            mu=mu,
+            nonnegative=nonnegative,
+            centred=all(term.tap.intercept is not None for term in terms),
+        )
+        return selection.kept
+
+    return reconstruct(
+        graph,
+        variables,
+        calibration,
+        taps,
+        choose,
+        groups=groups,
+        refit=refit,
+        passes=passes,
+        positions=positions,
+        ridge=ridge,
+        seed=seed,
+        on_progress=on_progress,
+    )
+
+
+def top(scores: np.ndarray, keep: int) -> np.ndarray:
+    """The `keep` highest scores' indices; ties go to the lower index."""
+    order = np.lexsort((np.arange(scores.size), -np.asarray(scores, np.float64)))
+    return np.sort(order[:keep])
+
+
+def output_weight(
+    graph: ChannelGraph,
+    tap: Tap,
+    loss: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+) -> np.ndarray | None:
+    """s (N,) of a consumer's outputs, or None where they are not one group's channels."""
+    for group in graph.groups:
+        columns = tap.column_channels(group)
+        if (columns < 0).any() or group.name not in loss:
+            continue
+        weight = suppression(loss[group.name], counts.get(group.name, group.size))
+        return weight[columns]
+    return None

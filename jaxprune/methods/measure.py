@@ -1,0 +1,324 @@
+"""Measurements on calibration batches: moments at taps, and gradients of gates.
+
+Everything runs the traced program with static shapes under jit, so that a change of
+masks or weights compiles nothing anew; a last, smaller batch is padded and weighed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxprune.errors import DataError, ScoreError
+from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
+from jaxprune.graph.evaluate import Stop
+from jaxprune.methods.taps import Tap, by_kernel, rows_and_targets
+from jaxprune.records import Group
+from jaxprune.stats import moments as moments_lib
+from jaxprune.stats.moments import Moments
+
+LossFn = Callable[[Any, Any], jax.Array]
+
+
+def cross_entropy(outputs: Any, y: Any) -> jax.Array:
+    """Per-example softmax cross-entropy (B,) of logits (B, K) and integer y (B,)."""
+    return optax.softmax_cross_entropy_with_integer_labels(
+        outputs.astype(jnp.float32), y
+    )
+
+
+class Calibration:
+    """Batches of one static shape, to be run over as often as a method needs.
+
+    Args:
+      batches: iterable of (x, y), or of x alone; x an array or a tuple of inputs. A
+        one-shot iterator is read once into memory.
+
+    Raises:
+      DataError: no batch, or an element that is neither.
+    """
+
+    def __init__(self, batches: Iterable[Any]):
+        if isinstance(batches, Iterator):
+            batches = list(batches)
+        self._batches = batches
+        first = next(iter(batches), None)
+        if first is None:
+            raise DataError(
+                "the calibration batches are empty; pass an iterable of (x, y)"
+            )
+        self.inputs, self.labels = split_batch(first)
+        self.size = jax.tree.leaves(self.inputs)[0].shape[0]
+        if self.size < 1:
+            raise DataError("the first calibration batch has no example")
+
+    def __iter__(self) -> Iterator[tuple[tuple[Any, ...], Any, np.ndarray]]:
+        """Yields (inputs, y, weight (B,)): 0 for padding, 1 for examples."""
+        for batch in self._batches:
+            inputs, y = split_batch(batch)
+            count = jax.tree.leaves(inputs)[0].shape[0]
+            for start in range(0, count, self.size):
+                part = slice(start, start + self.size)
+                cut = jax.tree.map(lambda a, part=part: a[part], (inputs, y))
+                have = min(self.size, count - start)
+                weight = np.zeros(self.size, np.float32)
+                weight[:have] = 1
+                cut = jax.tree.map(lambda a, n=have: _pad(a, self.size - n), cut)
+                yield (*_place(cut), _place(weight))
+
+    @property
+    def examples(self) -> int:
+        return sum(
+            jax.tree.leaves(split_batch(b)[0])[0].shape[0] for b in self._batches
+        )
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
+    """The inputs as a tuple, and y or None."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        x, y = batch
+    elif hasattr(batch, "shape"):
+        x, y = batch, None
+    else:
+        raise DataError(
+            "expected calibration batches of the form (x, y), found "
+            f"{type(batch).__name__}; wrap several inputs as ((x1, x2), y)"
+        )
+    return (tuple(x) if isinstance(x, tuple | list) else (x,)), y
+
+
+def _pad(array: Any, missing: int) -> Any:
+    if not missing:
+        return array
+    array = np.asarray(array)
+    return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+
+
+def _place(tree: Any) -> Any:
+    """The arrays spread over all devices along the batch, where it divides."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return tree
+    mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices)
+
+    def put(array: Any) -> Any:
+        divides = array.shape and array.shape[0] % len(devices) == 0
+        spec = PartitionSpec("batch") if divides else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, tree)
+
+
+# Moments ------------------------------------------------------------------------
+
+
+def measure_moments(
+    graph: ChannelGraph,
+    taps: Sequence[Tap],
+    original: Any,
+    current: Any,
+    calibration: Calibration,
+    *,
+    positions: int | None,
+    seed: int,
+) -> dict[str, Moments]:
+    """{kernel path: moments}: X in the current network, Y in the original one.
+
+    One pass over the calibration batches; the network is run only as far as the
+    last tap. Kernels used at several places gather all their uses.
+
+    Args:
+      graph: traced with inputs of the calibration's batch shape.
+      positions: samples an example and tap; None for all.
+    """
+    groups = by_kernel(taps)
+    step = jax.jit(_moment_step(graph, groups, positions), donate_argnums=0)
+    sums = {
+        path: moments_lib.zeros(uses[0].rows, uses[0].outputs)
+        for path, uses in groups.items()
+    }
+    key = jax.random.key(seed)
+    for number, (inputs, _, weight) in enumerate(calibration):
+        sums = step(
+            sums, original, current, inputs, weight, jax.random.fold_in(key, number)
+        )
+    return sums
+
+
+def _moment_step(graph: ChannelGraph, groups: Mapping[str, tuple[Tap, ...]], positions):
+    sites = {tap.site: tap for uses in groups.values() for tap in uses}
+
+    def step(sums, original, current, inputs, weight, key):
+        targets = capture(graph, original, inputs, sites, operand=False)
+        images = capture(graph, current, inputs, sites, operand=True)
+        result = dict(sums)
+        for number, (site, tap) in enumerate(sites.items()):
+            x, y = rows_and_targets(
+                tap,
+                graph.records[site].eqn,
+                images[site],
+                targets[site],
+                jax.random.fold_in(key, number),
+                positions,
+            )
+            weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)
+            result[tap.path] = moments_lib.update(
+                result[tap.path],
+                x.reshape(-1, tap.rows),
+                y.reshape(-1, tap.outputs),
+                weights,
+            )
+        return result
+
+    return step
+
+
+def capture(
+    graph: ChannelGraph,
+    variables: Any,
+    inputs: Sequence[Any],
+    sites: Mapping[Site, Tap],
+    *,
+    operand: bool,
+) -> dict[Site, jax.Array]:
+    """What the taps read (operand=True) or make, running no further than needed."""
+    found: dict[Site, jax.Array] = {}
+
+    def after(site, eqn, operands, results):
+        del eqn
+        if site in sites:
+            found[site] = operands[sites[site].image] if operand else results[0]
+            if len(found) == len(sites):
+                raise Stop
+        return results
+
+    try:
+        evaluate(graph.closed, tree_arguments(variables, inputs), after=after)
+    except Stop:
+        pass
+    return found
+
+
+# Gates --------------------------------------------------------------------------
+
+
+def gate_gradients(
+    graph: ChannelGraph,
+    taps: Sequence[Tap],
+    variables: Any,
+    calibration: Calibration,
+    loss_fn: LossFn,
+) -> dict[str, np.ndarray]:
+    """{group name: (3, C)}: mean, mean absolute and mean square of dL/db per example.
+
+    b_c multiplies channel c wherever a tap reads it. One backward pass gives the
+    gradients of every example and group at once: each example has its own gates.
+    Groups that no tap reads are left out.
+
+    Raises:
+      ScoreError: no labels, or losses that are not per example.
+    """
+    readers = gate_readers(graph, taps)
+    if not readers:
+        return {}
+    if calibration.labels is None:
+        raise ScoreError(
+            "the classification loss needs labels: pass batches of (x, y), or mu=0 to "
+            "select by reconstruction alone"
+        )
+    sizes = {group.name: group.size for group in graph.groups}
+    names = sorted({name for uses in readers.values() for name, _ in uses})
+    taps_at = {tap.site: tap for tap in taps}
+    tree = jax.tree_util.tree_structure(
+        jax.eval_shape(lambda v, i: graph.handle(v, *i), variables, graph.inputs)
+    )
+
+    def losses(gates, variables, inputs, y, weight):
+        def before(site, eqn, operands):
+            del eqn
+            if site not in readers:
+                return operands
+            operands = list(operands)
+            image = taps_at[site].image
+            for name, (axis, index) in readers[site]:
+                open_ = jnp.ones((gates[name].shape[0], 1), gates[name].dtype)
+                gate = jnp.concatenate([gates[name], open_], 1)[:, index]
+                shape = [1] * operands[image].ndim
+                shape[0], shape[axis] = gate.shape
+                operands[image] = operands[image] * gate.reshape(shape).astype(
+                    operands[image].dtype
+                )
+            return operands
+
+        flat = evaluate(graph.closed, tree_arguments(variables, inputs), before=before)
+        outputs = jax.tree_util.tree_unflatten(tree, flat)
+        found = loss_fn(outputs, y)
+        if found.ndim != 1 or found.shape[0] != calibration.size:
+            raise ScoreError(
+                f"loss_fn must return one loss per example, shape "
+                f"({calibration.size},); found {found.shape}"
+            )
+        return (found * weight).sum()
+
+    @jax.jit
+    def step(sums, variables, inputs, y, weight):
+        gates = {n: jnp.ones((calibration.size, sizes[n])) for n in names}
+        grads = jax.grad(losses)(gates, variables, inputs, y, weight)
+        return {
+            n: sums[n] + jnp.stack([g.sum(0), jnp.abs(g).sum(0), (g * g).sum(0)])
+            for n, g in grads.items()
+        }
+
+    sums = {n: jnp.zeros((3, sizes[n])) for n in names}
+    count = 0.0
+    for inputs, y, weight in calibration:
+        sums = step(sums, variables, inputs, y, weight)
+        count += float(np.sum(weight))
+    return {n: np.asarray(s, np.float64) / count for n, s in sums.items()}
+
+
+def gate_readers(
+    graph: ChannelGraph, taps: Sequence[Tap]
+) -> dict[Site, list[tuple[str, tuple[int, np.ndarray]]]]:
+    """{site: [(group, (axis of the image, channel of each index or -1))]}.
+
+    -1 picks the appended gate that is always open.
+    """
+    found: dict[Site, list[tuple[str, tuple[int, np.ndarray]]]] = {}
+    by_unit = np.full(graph.channels.count + 1, -1)
+    for number, group in enumerate(graph.groups):
+        by_unit[group.units] = number
+    for tap in taps:
+        value = graph.records[tap.site].inputs[tap.image]
+        if not value.axes or value.axes[0] is not None:
+            continue  # the leading axis must be the batch
+        for axis, nodes in enumerate(value.axes):
+            if nodes is None or not reads(graph, tap, axis):
+                continue
+            needs = graph.needs(nodes)
+            for number in sorted(set(by_unit[needs[needs >= 0]].tolist()) - {-1}):
+                group = graph.groups[number]
+                index = channel_index(needs, group)
+                found.setdefault(tap.site, []).append((group.name, (axis, index)))
+    return found
+
+
+def reads(graph: ChannelGraph, tap: Tap, axis: int) -> bool:
+    """True if the tap contracts that axis of its image."""
+    eqn = graph.records[tap.site].eqn
+    if eqn.primitive.name == "dot_general":
+        return axis in eqn.params["dimension_numbers"][0][tap.image]
+    return axis == eqn.params["dimension_numbers"].lhs_spec[1]
+
+
+def channel_index(needs: np.ndarray, group: Group) -> np.ndarray:
+    """int array (n,): the group's channel of each index, -1 for none."""
+    place = np.full(max(needs.max(initial=-1), group.units.max()) + 2, -1)
+    place[group.units] = np.arange(group.size)
+    return place[needs].max(1)

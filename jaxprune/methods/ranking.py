@@ -1,0 +1,57 @@
+"""Methods that score every channel first and keep the highest within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxprune.graph import ChannelGraph
+from jaxprune.methods.measure import Calibration
+from jaxprune.methods.reconstruct import (
+    Passes,
+    Progress,
+    Reconstruction,
+    Refit,
+    Term,
+    reconstruct,
+)
+from jaxprune.methods.taps import find_taps
+from jaxprune.records import Group, Plan
+
+
+def follow_plan(
+    graph: ChannelGraph,
+    variables: Any,
+    calibration: Calibration,
+    plan: Plan,
+    *,
+    groups: Sequence[Group],
+    refit: Refit = "bias",
+    passes: Passes = "sequential",
+    positions: int | None = 10,
+    ridge: float | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> Reconstruction:
+    """Prunes to a plan that was made beforehand, refitting as `reconstruct` does."""
+
+    def choose(group: Group, terms: Sequence[Term]) -> np.ndarray:
+        del terms
+        return plan[group.name]
+
+    return reconstruct(
+        graph,
+        variables,
+        calibration,
+        () if refit == "none" else find_taps(graph),
+        choose,
+        groups=groups,
+        refit=refit,
+        passes=passes,
+        positions=positions,
+        ridge=ridge,
+        seed=seed,
+        on_progress=on_progress,
+    )

@@ -1,0 +1,176 @@
+"""Group after group: choose channels, then refit the layers that read them.
+
+The network keeps its full size throughout: removed channels are zero rows of their
+consumers' kernels, so that every pass runs the same compiled program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import trees
+from jaxprune.errors import ConfigError
+from jaxprune.graph import ChannelGraph
+from jaxprune.methods.measure import Calibration, measure_moments
+from jaxprune.methods.taps import Tap, by_kernel
+from jaxprune.records import Group, Plan
+from jaxprune.solver.refit import refit as solve_refit
+from jaxprune.stats.moments import Moments, covariances
+from jaxprune.surgery import mask_variables
+
+Refit = Literal["none", "bias", "lstsq"]
+Passes = Literal["sequential", "single"]
+
+
+class Term(NamedTuple):
+    """One consumer of a group, measured.
+
+    Attributes:
+      tap: the (first) use of its kernel.
+      moments: of X in the network pruned so far and Y in the original.
+      kernel: W (R, N), the current weights.
+      row_channel: int (R,), the group's channel of each row, -1 for none.
+    """
+
+    tap: Tap
+    moments: Moments
+    kernel: np.ndarray
+    row_channel: np.ndarray
+
+
+# (group, measured consumers) -> kept indices
+Choose = Callable[[Group, Sequence[Term]], np.ndarray]
+Progress = Callable[[str, int, int], None]
+
+
+class Reconstruction(NamedTuple):
+    """Result of `reconstruct`.
+
+    Attributes:
+      plan: what was chosen.
+      variables: full size, refitted; removed rows are zero.
+      residuals: {kernel path: relative error left, mean over outputs}.
+    """
+
+    plan: Plan
+    variables: Any
+    residuals: dict[str, float]
+
+
+def reconstruct(
+    graph: ChannelGraph,
+    variables: Any,
+    calibration: Calibration,
+    taps: Sequence[Tap],
+    choose: Choose,
+    *,
+    groups: Sequence[Group],
+    refit: Refit = "lstsq",
+    passes: Passes = "sequential",
+    positions: int | None = 10,
+    ridge: float | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> Reconstruction:
+    """Chooses and refits group by group, in network order.
+
+    Args:
+      graph: traced with inputs of the calibration's batch shape.
+      variables: the original arrays.
+      taps: from `find_taps(graph)`.
+      choose: picks a group's kept channels; called once a group.
+      groups: those to prune; the others are kept whole.
+      refit: "lstsq" solves for the consumers' kernels, "bias" only shifts their
+        intercept by the mean of what was removed, "none" leaves the rest as it is.
+      passes: "sequential" measures X anew after each group, so that later layers
+        correct earlier errors; "single" measures all groups in one pass.
+      positions: samples an example and layer; None for all.
+      ridge: of the refit, see `solver.refit`.
+    """
+    _check_options(refit, passes)
+    current, residuals = variables, {}
+    keep: dict[str, np.ndarray] = {}
+    measured: dict[str, Moments] = {}
+    if passes == "single":
+        used = [tap for group in groups for tap in group_taps(taps, group)]
+        unique = list({tap.site: tap for tap in used}.values())
+        measured = measure_moments(
+            graph, unique, variables, variables, calibration,
+            positions=positions, seed=seed,
+        )  # fmt: skip
+    for number, group in enumerate(groups):
+        mine = group_taps(taps, group)
+        if mine and passes == "sequential":
+            measured = measure_moments(
+                graph, mine, variables, current, calibration,
+                positions=positions, seed=seed + number,
+            )  # fmt: skip
+        leaves = trees.flatten(current)
+        terms = [
+            Term(
+                uses[0],
+                measured[path],
+                uses[0].matrix(leaves[path]),
+                uses[0].row_channels(group),
+            )
+            for path, uses in by_kernel(mine).items()
+        ]
+        keep[group.name] = np.sort(choose(group, terms))
+        plan = graph.complete(keep)
+        mask = graph.unit_mask(plan)
+        changed = {}
+        for term in terms:
+            changed.update(
+                _refitted(term, leaves | changed, mask, refit, ridge, residuals)
+            )
+        current = mask_variables(graph, plan, trees.replace(current, changed))
+        if on_progress is not None:
+            on_progress("prune", number + 1, len(groups))
+    return Reconstruction(graph.complete(keep), current, residuals)
+
+
+def _check_options(refit: str, passes: str) -> None:
+    if refit not in ("none", "bias", "lstsq"):
+        raise ConfigError(f"refit must be none, bias or lstsq; found {refit!r}")
+    if passes not in ("sequential", "single"):
+        raise ConfigError(f"passes must be sequential or single; found {passes!r}")
+
+
+def group_taps(taps: Sequence[Tap], group: Group) -> list[Tap]:
+    """The taps that read channels of the group."""
+    return [tap for tap in taps if np.isin(tap.row_needs, group.units).any()]
+
+
+def _refitted(
+    term: Term,
+    leaves: Mapping[str, Any],
+    mask: np.ndarray,
+    refit: Refit,
+    ridge: float | None,
+    residuals: dict[str, float],
+) -> dict[str, Any]:
+    """New leaves of one consumer: kernel and intercept."""
+    if refit == "none":
+        return {}
+    tap, keep = term.tap, term.tap.row_keep(mask)
+    can_shift = tap.intercept is not None
+    changed: dict[str, Any] = {}
+    if refit == "lstsq":
+        solved = solve_refit(
+            term.moments, keep, kernel=term.kernel, ridge=ridge, intercept=can_shift
+        )
+        changed[tap.path] = tap.unmatrix(solved.kernel, leaves[tap.path])
+        residuals[tap.path] = float(np.mean(solved.residual))
+        shift = solved.intercept
+    else:
+        cov = covariances(term.moments)
+        shift = cov.mean_y - cov.mean_x @ (term.kernel * keep[:, None])
+    if can_shift:
+        leaf = leaves[tap.intercept]
+        moved = tap.sign * np.asarray(shift, np.float64).reshape(leaf.shape)
+        changed[tap.intercept] = jnp.asarray(np.asarray(leaf) + moved, leaf.dtype)
+    return changed

@@ -1,0 +1,289 @@
+"""Where a group's channels are read: the layers that can be refitted, as matrices.
+
+A tap is a convolution or matrix product whose kernel is a leaf of the variables. It
+is seen as Y = X W with rows X (n, R), one an output position, kernel W (R, N) and
+targets Y (n, N) before the bias; every row and column knows the channels it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from jaxprune.graph import ChannelGraph, Record, Site
+from jaxprune.graph.evaluate import sub_jaxprs
+from jaxprune.graph.interpret import CASTS
+from jaxprune.records import Group
+from jaxprune.stats import patches
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """One use of a kernel that reads channels.
+
+    Attributes:
+      site: its call site.
+      path: the kernel's leaf.
+      image, kernel: number of the operand with the activations, and of the kernel.
+      order: permutation of the kernel's axes to (contracted ..., made ...).
+      contracted: how many of those are contracted.
+      shape: the kernel's shape in that order.
+      row_needs, column_needs: int arrays (R, F), (N, F): channels, -1 for none.
+      intercept: leaf that can take a shift of the outputs, or None.
+      sign: +1 if the intercept is added to the outputs, -1 if subtracted.
+    """
+
+    site: Site
+    path: str
+    image: int
+    kernel: int
+    order: tuple[int, ...]
+    contracted: int
+    shape: tuple[int, ...]
+    row_needs: np.ndarray
+    column_needs: np.ndarray
+    intercept: str | None
+    sign: int
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[: self.contracted])
+
+    @property
+    def outputs(self) -> int:
+        return math.prod(self.shape[self.contracted :])
+
+    def matrix(self, leaf: Any) -> np.ndarray:
+        """The kernel leaf as W (R, N), float64."""
+        return np.transpose(np.asarray(leaf, np.float64), self.order).reshape(
+            self.rows, self.outputs
+        )
+
+    def unmatrix(self, matrix: np.ndarray, like: Any) -> jax.Array:
+        """Inverse of `matrix`, with the dtype of the leaf `like`."""
+        kernel = np.transpose(matrix.reshape(self.shape), np.argsort(self.order))
+        return jnp.asarray(kernel, like.dtype)
+
+    def row_channels(self, group: Group) -> np.ndarray:
+        """int array (R,): the group's channel that each row belongs to, else -1."""
+        return _channels(self.row_needs, group)
+
+    def column_channels(self, group: Group) -> np.ndarray:
+        """int array (N,): the group's channel that each column makes, else -1."""
+        return _channels(self.column_needs, group)
+
+    def row_keep(self, unit_mask: np.ndarray) -> np.ndarray:
+        """bool array (R,): rows all of whose channels are kept."""
+        return np.append(unit_mask, True)[self.row_needs].all(1)
+
+
+def _channels(needs: np.ndarray, group: Group) -> np.ndarray:
+    place = np.full(max(needs.max(initial=-1), group.units.max()) + 2, -1, np.int64)
+    place[group.units] = np.arange(group.size)
+    return place[needs].max(1)
+
+
+def find_taps(graph: ChannelGraph) -> tuple[Tap, ...]:
+    """Every tap of the graph, in the order of execution.
+
+    Kernels that are not leaves themselves (stacked by a scan, normalised by weight
+    norm), feature-grouped convolutions and batched products are left out: their
+    groups are ranked by a score and not refitted.
+    """
+    taps = []
+    for site, record in graph.records.items():
+        if record.name == "dot_general":
+            found = _dot_tap(graph, site, record)
+        elif record.name == "conv_general_dilated":
+            found = _conv_tap(graph, site, record)
+        else:
+            continue
+        if found is not None:
+            taps.append(found)
+    return tuple(taps)
+
+
+def _conv_tap(graph: ChannelGraph, site: Site, record: Record) -> Tap | None:
+    params, kernel = record.eqn.params, record.inputs[1]
+    if kernel.leaf is None or record.repeat != 1:
+        return None
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return None
+    spec = params["dimension_numbers"].rhs_spec
+    order = (*spec[2:], spec[1], spec[0])
+    return _tap(graph, site, record, 0, 1, order, len(order) - 1)
+
+
+def _dot_tap(graph: ChannelGraph, site: Site, record: Record) -> Tap | None:
+    contract, batch = record.eqn.params["dimension_numbers"]
+    leaves = [value.leaf is not None for value in record.inputs]
+    if any(leaves) == all(leaves) or batch[0] or record.repeat != 1:
+        return None
+    kernel = leaves.index(True)
+    if record.inputs[1 - kernel].pure:
+        return None
+    rank = len(record.inputs[kernel].axes)
+    used = tuple(contract[kernel])
+    free = tuple(d for d in range(rank) if d not in used)
+    return _tap(graph, site, record, 1 - kernel, kernel, (*used, *free), len(used))
+
+
+def _tap(
+    graph: ChannelGraph,
+    site: Site,
+    record: Record,
+    image: int,
+    kernel: int,
+    order: tuple[int, ...],
+    contracted: int,
+) -> Tap:
+    value = record.inputs[kernel]
+    shape = record.eqn.invars[kernel].aval.shape
+    dims = [(value.axes[d], shape[d]) for d in order]
+    assert value.leaf is not None
+    intercept, sign = find_intercept(graph, site)
+    columns = [size for _, size in dims[contracted:]]
+    if intercept is not None:
+        leaf = graph.leaves[intercept].axes
+        sizes = [1 if a is None else a.size for a in leaf]
+        if math.prod(sizes) != math.prod(columns):
+            intercept = None
+    return Tap(
+        site,
+        value.leaf,
+        image,
+        kernel,
+        order,
+        contracted,
+        tuple(size for _, size in dims),
+        _grid_needs(graph, dims[:contracted]),
+        _grid_needs(graph, dims[contracted:]),
+        intercept,
+        sign,
+    )
+
+
+def _grid_needs(graph: ChannelGraph, dims: Sequence[tuple[Any, int]]) -> np.ndarray:
+    """Channels that each cell of the flattened axes needs, (cells, F)."""
+    sizes = [size for _, size in dims]
+    cells = math.prod(sizes)
+    found = []
+    for place, (axis, size) in enumerate(dims):
+        if axis is None:
+            continue
+        needs = graph.needs(axis)
+        number = np.arange(cells) // math.prod(sizes[place + 1 :]) % size
+        found.append(needs[number])
+    return np.concatenate(found, 1) if found else np.full((cells, 1), -1, np.int64)
+
+
+# Intercepts -------------------------------------------------------------------
+
+
+def find_intercept(graph: ChannelGraph, site: Site) -> tuple[str | None, int]:
+    """The leaf that is added to (+1) or subtracted from (-1) the outputs right away.
+
+    A bias, or the running mean of a BatchNorm: both can take a constant shift.
+    """
+    jaxpr = graph.closed.jaxpr
+    for number in site[:-1]:
+        inner = sub_jaxprs(jaxpr.eqns[number])
+        if len(inner) != 1:
+            return None, 1
+        jaxpr = inner[0].jaxpr
+    var = jaxpr.eqns[site[-1]].outvars[0]
+    number = site[-1]
+    while True:
+        users = [
+            (k, eqn)
+            for k, eqn in enumerate(jaxpr.eqns)
+            if k > number and any(atom is var for atom in eqn.invars)
+        ]
+        if len(users) != 1:
+            return None, 1
+        number, eqn = users[0]
+        if eqn.primitive.name in CASTS:
+            var = eqn.outvars[0]
+            continue
+        return _added(graph.records[(*site[:-1], number)], eqn, var)
+
+
+def _added(record: Record, eqn: jex.JaxprEqn, var: Any) -> tuple[str | None, int]:
+    if record.name not in ("add", "add_any", "sub"):
+        return None, 1
+    mine = next(k for k, atom in enumerate(eqn.invars) if atom is var)
+    other = record.inputs[1 - mine]
+    if record.name == "sub" and mine == 1:
+        return None, 1
+    return other.source, -1 if record.name == "sub" else 1
+
+
+# Rows and targets -------------------------------------------------------------
+
+
+def rows_and_targets(
+    tap: Tap,
+    eqn: jex.JaxprEqn,
+    image: jax.Array,
+    target: jax.Array,
+    key: jax.Array,
+    positions: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """X (B, P, R) and Y (B, P, N) at sampled positions of every example.
+
+    Args:
+      image: the operand that the kernel reads, in the current network.
+      target: the result of the equation in the original network.
+      key: for the positions, drawn anew per batch and shared by its examples.
+      positions: P; None for all.
+    """
+    if eqn.primitive.name == "conv_general_dilated":
+        return _conv_rows(eqn, image, target, key, positions)
+    contract = eqn.params["dimension_numbers"][0][tap.image]
+    free = [d for d in range(image.ndim) if d not in contract]
+    x = jnp.transpose(image, (*free, *contract))
+    lead = x.shape[: len(free)]
+    if tap.image == 1:  # the kernel's axes come first in the result
+        made = target.ndim - len(free)
+        target = jnp.moveaxis(target, range(made), range(-made, 0))
+    x = x.reshape(lead[0], -1, tap.rows)
+    y = target.reshape(lead[0], -1, tap.outputs)
+    chosen = patches.sample_positions(key, x.shape[1:2], positions)[:, 0]
+    return x[:, chosen], y[:, chosen]
+
+
+def _conv_rows(eqn, image, target, key, positions):
+    params = eqn.params
+    numbers = params["dimension_numbers"]
+    lhs, out = numbers.lhs_spec, numbers.out_spec
+    image = jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1]))
+    target = jnp.transpose(target, (out[0], *out[2:], out[1]))
+    rhs = eqn.invars[1].aval.shape
+    chosen = patches.sample_positions(key, target.shape[1:-1], positions)
+    x = patches.gather_patches(
+        image,
+        chosen,
+        window=[rhs[d] for d in numbers.rhs_spec[2:]],
+        strides=params["window_strides"],
+        padding=params["padding"],
+        rhs_dilation=params["rhs_dilation"],
+        lhs_dilation=params["lhs_dilation"],
+    )
+    y = patches.gather_positions(target, chosen)
+    batch = image.shape[0]
+    return x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])
+
+
+def by_kernel(taps: Sequence[Tap]) -> Mapping[str, tuple[Tap, ...]]:
+    """Taps that share a kernel (a layer called twice) together."""
+    found: dict[str, tuple[Tap, ...]] = {}
+    for tap in taps:
+        found[tap.path] = (*found.get(tap.path, ()), tap)
+    return found
