@@ -190,6 +190,8 @@ def save(path: Path, slim: Slim) -> None:
         "format": _FORMAT,
         "plan": slim.plan.to_json(),
         "report": dict(slim.report),
+        # What a wrapped module needs beside the shapes, such as GroupNorm's groups.
+        "settings": getattr(slim.model, "settings", ()),
     }
 
     def write(partial: pathlib.Path) -> None:
@@ -217,6 +219,7 @@ def load(path: Path, model: Any) -> Slim:
     try:
         record = json.loads((found / "slim.json").read_text())
         version, plan, report = record["format"], record["plan"], record["report"]
+        settings = tuple(tuple(row) for row in record["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{found} does not hold a pruned model ({first_line(error)}); expected a "
@@ -229,7 +232,7 @@ def load(path: Path, model: Any) -> Slim:
         )
     variables = load_variables(found)
     return Slim(
-        model=linen.rebuild(model, variables),
+        model=linen.rebuild(model, variables, settings),
         variables=variables,
         plan=Plan.from_json(plan),
         report=report,

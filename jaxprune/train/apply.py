@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import jax
 
-
-def takes_train(model: Any) -> bool:
-    """Whether calls of `model` accept a `train` flag."""
-    parameters = inspect.signature(type(model).__call__).parameters
-    return "train" in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )
+from jaxprune.frameworks.linen import inference_flags
 
 
 def predict(model: Any, variables: Any, x: jax.Array) -> jax.Array:
     """Logits float32 (B, classes) in inference mode."""
-    flags = {"train": False} if takes_train(model) else {}
-    return model.apply(variables, x, **flags).astype("float32")
+    return model.apply(variables, x, **inference_flags(model)).astype("float32")
 
 
 def predict_training(
@@ -29,7 +21,7 @@ def predict_training(
 
     The updates hold every collection but "params"; `key` drives dropout.
     """
-    flags = {"train": True} if takes_train(model) else {}
+    flags = {name: not value for name, value in inference_flags(model).items()}
     mutable = [name for name in variables if name != "params"]
     logits, updates = model.apply(
         variables, x, mutable=mutable, rngs={"dropout": key}, **flags

@@ -1,0 +1,358 @@
+"""run(): train or restore a network, prune it, fine-tune it, measure, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxprune as jp
+from jaxprune import checkpoint, cost, models
+from jaxprune.data import Dataset, batches, load
+from jaxprune.errors import ConfigError, first_line
+from jaxprune.options import Options, Training, flat
+from jaxprune.records import Slim
+from jaxprune.report import append_line, page, read_lines, write_json, write_text
+from jaxprune.train import evaluate, fit, recalibrate_batch_norm
+from jaxprune.train.sharding import check_divisible
+from jaxprune.workdir import Workdir
+
+Progress = Callable[[str, int, int], None]
+STAGES = ("base", "prune", "finetune", "evaluate")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What every stage of a job needs."""
+
+    options: Options
+    workdir: Workdir
+    dataset: Dataset
+    model: Any
+    start: Any
+    on_progress: Progress
+
+    @property
+    def example(self) -> jax.Array:
+        """One batch for tracing and for the latency, zeros (B, H, W, C)."""
+        count = self.options.latency_batch
+        return jnp.zeros((count, *self.dataset.image_shape), jnp.float32)
+
+
+def create_model(options: Options, *, num_classes: int) -> Any:
+    """The unpruned architecture that the options name."""
+    overrides: dict[str, Any] = {}
+    if options.width != 1.0:
+        overrides["width"] = options.width
+    if options.dtype != "float32":
+        overrides["dtype"] = jnp.dtype(options.dtype)
+    return models.create(options.model, num_classes=num_classes, **overrides)
+
+
+def _prepare(options: Options, workdir: Workdir, on_progress: Progress) -> Setting:
+    """Opens everything that can fail before the first step of training."""
+    known = jp.methods()
+    if options.prune.method not in known:
+        raise ConfigError(
+            f"prune.method={options.prune.method!r} is unknown; choose one of "
+            f"{', '.join(known)}"
+        )
+    create_model(options, num_classes=10)
+    for training in (options.train, options.finetune):
+        check_divisible(training.batch_size)
+    dataset = load(
+        options.data,
+        data_dir=options.data_dir,
+        validation=options.validation,
+        image_size=options.image_size,
+        train_examples=options.train_examples,
+        test_examples=options.test_examples,
+        seed=options.seed,
+        on_progress=on_progress,
+    )
+    model = create_model(options, num_classes=dataset.num_classes)
+    x = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+    try:
+        shapes = jax.eval_shape(
+            functools.partial(model.init, train=False), jax.random.key(0), x
+        )
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"model={options.model!r} does not take images of {dataset.image_shape}: "
+            f"{first_line(error)}; set image_size, or choose another model"
+        ) from error
+    if options.init_from is not None:
+        start = checkpoint.init_from(options.init_from, shapes)
+    else:
+        start = jax.jit(functools.partial(model.init, train=False))(
+            jax.random.key(options.seed), x
+        )
+    return Setting(options, workdir, dataset, model, start, on_progress)
+
+
+def _fit(
+    setting: Setting,
+    model: Any,
+    variables: Any,
+    training: Training,
+    *,
+    stage: str,
+    resumable: bool,
+    teacher: Any = None,
+) -> Any:
+    options = dataclasses.asdict(training)
+    if not training.distill_weight:
+        teacher = None
+    path = setting.workdir.path
+    return fit(
+        model,
+        variables,
+        setting.dataset,
+        **options,
+        teacher=teacher,
+        seed=setting.options.seed,
+        checkpoint_dir=str(path / f"{stage}_epochs") if resumable else None,
+        stage=stage,
+        on_progress=setting.on_progress,
+        on_metrics=functools.partial(append_line, path / "metrics.jsonl"),
+    )
+
+
+def _base(setting: Setting) -> dict[str, Any]:
+    variables = setting.start
+    if setting.options.init_from is None:
+        variables = _fit(
+            setting,
+            setting.model,
+            variables,
+            setting.options.train,
+            stage="train",
+            resumable=True,
+        )
+    checkpoint.save_variables(setting.workdir.path / "base", variables)
+    shutil.rmtree(setting.workdir.path / "train_epochs", ignore_errors=True)
+    return {}
+
+
+def _base_variables(setting: Setting) -> Any:
+    return checkpoint.init_from(setting.workdir.path / "base", setting.start)
+
+
+def _layer_finetune(setting: Setting) -> Callable[[Any, Any], Any] | None:
+    """The training between two layers of a method that works layer by layer."""
+    epochs = setting.options.prune.layer_epochs
+    if not epochs:
+        return None
+    training = dataclasses.replace(
+        setting.options.finetune, epochs=epochs, distill_weight=0.0
+    )
+
+    def finetune(model: Any, variables: Any) -> Any:
+        return _fit(
+            setting,
+            model,
+            variables,
+            training,
+            stage="fine-tune a layer",
+            resumable=False,
+        )
+
+    return finetune
+
+
+def _prune(setting: Setting) -> dict[str, Any]:
+    options = setting.options.prune
+    calibration = setting.options.calibration
+    examples = setting.dataset.train.take(
+        calibration.examples, seed=setting.options.seed
+    )
+    measured = list(batches(examples, calibration.batch_size))
+    thresholds = {
+        name: value
+        for name in ("entropy_threshold", "similarity_threshold")
+        if (value := getattr(options, name)) is not None
+    }
+    slim = jp.prune(
+        setting.model,
+        _base_variables(setting),
+        measured,
+        method=options.method,
+        macs=options.macs,
+        params=options.params,
+        seed=setting.options.seed,
+        finetune=_layer_finetune(setting),
+        preset=options.preset or None,
+        on_progress=setting.on_progress,
+        **thresholds,
+    )
+    if options.recalibrate:
+        variables = recalibrate_batch_norm(slim.model, slim.variables, measured)
+        slim = dataclasses.replace(slim, variables=variables)
+    checkpoint.save(setting.workdir.path / "pruned", slim)
+    write_json(setting.workdir.path / "plan.json", slim.plan.to_json())
+    return {}
+
+
+def _finetune(setting: Setting) -> dict[str, Any]:
+    slim = checkpoint.load(setting.workdir.path / "pruned", setting.model)
+    variables = slim.variables
+    if setting.options.finetune.epochs:
+        variables = _fit(
+            setting,
+            slim.model,
+            variables,
+            setting.options.finetune,
+            stage="fine-tune",
+            resumable=True,
+            teacher=(setting.model, _base_variables(setting)),
+        )
+    tuned = Slim(slim.model, variables, slim.plan, slim.report)
+    checkpoint.save(setting.workdir.path / "slim", tuned)
+    shutil.rmtree(setting.workdir.path / "fine-tune_epochs", ignore_errors=True)
+    return {}
+
+
+def _measure(
+    setting: Setting, model: Any, variables: Any, *, latency_ms: float | None = None
+) -> dict[str, Any]:
+    """Accuracy and loss on the test split, and what the network costs."""
+    scores = evaluate(
+        model, variables, setting.dataset.test, on_progress=setting.on_progress
+    )
+    graph = jp.trace(model, variables, setting.example[:1])
+    if latency_ms is None:
+        latency_ms = float(cost.latency_ms(model, variables, setting.example))
+    return {
+        **scores,
+        "macs": int(graph.macs()),
+        "params": int(graph.params()),
+        "bytes": cost.tree_bytes(variables),
+        "latency_ms": latency_ms,
+    }
+
+
+def _evaluate(setting: Setting) -> dict[str, Any]:
+    path = setting.workdir.path
+    pruned = checkpoint.load(path / "pruned", setting.model)
+    slim = checkpoint.load(path / "slim", setting.model)
+    before = _measure(setting, pruned.model, pruned.variables)
+    return {
+        "base": _measure(setting, setting.model, _base_variables(setting)),
+        "pruned": before,
+        # Same shapes, same time.
+        "finetuned": _measure(
+            setting, slim.model, slim.variables, latency_ms=before["latency_ms"]
+        ),
+        **{
+            name: slim.report[name]
+            for name in ("asked", "achieved", "verify_max_abs_error", "groups")
+        },
+    }
+
+
+def _write_report(setting: Setting) -> dict[str, Any]:
+    options, workdir = setting.options, setting.workdir
+    device = jax.devices()[0]
+    report = {
+        "method": options.prune.method,
+        "data": options.data,
+        "model": options.model,
+        "config": flat(options),
+        "commit": commit(),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "seed": options.seed,
+        "latency_batch": options.latency_batch,
+        "jax": jax.__version__,
+        "seconds": {
+            stage: record["seconds"] for stage, record in workdir.finished.items()
+        },
+        **workdir.finished["evaluate"]["results"],
+    }
+    write_json(workdir.path / "report.json", report)
+    metrics = read_lines(workdir.path / "metrics.jsonl")
+    write_text(workdir.path / "report.html", page(report, metrics))
+    if options.prune.method == "importance_redundancy":
+        _write_data_stats(setting, report)
+    return report
+
+
+def _write_data_stats(setting: Setting, report: dict[str, Any]) -> None:
+    """data_stats<S><E>, the file of the published script, with its words.
+
+    Its pruning ratio is the MACs before over the MACs after, of convolutions and
+    Dense layers.
+    """
+    asked = report["asked"]
+    similarity, entropy = asked["similarity_threshold"], asked["entropy_threshold"]
+    ratio = report["base"]["macs"] / report["finetuned"]["macs"]
+    write_text(
+        setting.workdir.path / f"data_stats{similarity}{entropy}",
+        f"Model Accuracy AFTER REGRESSION  is {report['finetuned']['accuracy']} "
+        f"prun_ratio_ach {ratio} SIMILARITY {similarity} ENTROPY {entropy}",
+    )
+
+
+def commit() -> str:
+    """The commit of the code that runs, "unknown" outside a git checkout."""
+    here = str(pathlib.Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def run(
+    options: Options,
+    *,
+    workdir: str,
+    say: Callable[[str], None] = print,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """The record of report.json, after all stages that were not finished before.
+
+    The workdir then holds base/, pruned/ and slim/ (checkpoints), plan.json,
+    report.json, report.html and metrics.jsonl. The test split is read by the last
+    stage only.
+
+    Args:
+      options: the job.
+      workdir: directory of all files; created where it does not exist.
+      say: told what happens, a line at a time.
+      on_progress: called with (stage, done, total).
+
+    Raises:
+      PruneError: an option, the data, the workdir or `init_from` is not usable, all
+        before training starts; or a stage fails, and those before it are kept.
+    """
+    directory = Workdir(workdir, flat(options))
+    setting = _prepare(options, directory, on_progress)
+    directory.begin()
+    if directory.finished:
+        done = ", ".join(stage for stage in STAGES if stage in directory.finished)
+        say(f"resuming in {directory.path}: finished before: {done}")
+    stages = {
+        "base": _base,
+        "prune": _prune,
+        "finetune": _finetune,
+        "evaluate": _evaluate,
+    }
+    for stage in STAGES:
+        if stage in directory.finished:
+            continue
+        say(f"stage {stage}")
+        begin = time.perf_counter()
+        results = stages[stage](setting)
+        seconds = round(time.perf_counter() - begin, 2)
+        directory.finish(stage, {"seconds": seconds, "results": results})
+    return _write_report(setting)

@@ -1,0 +1,237 @@
+"""The options of a job, checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxprune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Training:
+    """How `jaxprune.train.fit` is called; the fields are its options.
+
+    `distill_weight` > 0 distils from the unpruned network (fine-tuning only).
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_all: bool = True
+    warmup_epochs: float = 1.0
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    distill_weight: float = 0.0
+    temperature: float = 4.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which training examples the statistics are taken from."""
+
+    examples: int = 2000
+    batch_size: int = 250
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is asked of `jaxprune.prune`; None leaves an option at its default there.
+
+    Attributes:
+      method: "cpli", "lasso", "importance_redundancy", or a criterion's name.
+      macs: share of the MACs that remains.
+      params: share of the parameters that remains.
+      preset: "" or, for importance_redundancy, "seed".
+      entropy_threshold: of importance_redundancy.
+      similarity_threshold: of importance_redundancy.
+      layer_epochs: epochs of fine-tuning after each layer, 0 for none.
+      recalibrate: measure BatchNorm statistics afresh on the pruned network.
+    """
+
+    method: str = "cpli"
+    macs: float | None = 0.5
+    params: float | None = None
+    preset: str = ""
+    entropy_threshold: float | None = None
+    similarity_threshold: float | None = None
+    layer_epochs: int = 0
+    recalibrate: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """A job: data, model, training, pruning and fine-tuning.
+
+    Attributes:
+      data: name for `jaxprune.data.load`.
+      data_dir: where TFDS data sets are.
+      image_size: resize images to this height and width.
+      validation: examples held out of the training split, a fraction below 1.
+      train_examples: use only so many.
+      test_examples: use only so many.
+      model: name for `jaxprune.models.create`.
+      width: multiplies all widths of the model.
+      dtype: of the computation, "float32" or "bfloat16".
+      init_from: base weights, a checkpoint directory or npz; training is left out.
+      seed: of everything random.
+      latency_batch: images in the batch that latency is measured with.
+    """
+
+    data: str = "digits"
+    data_dir: str | None = None
+    image_size: int | None = None
+    validation: float = 0.1
+    train_examples: int | None = None
+    test_examples: int | None = None
+    model: str = "vgg_small"
+    width: float = 1.0
+    dtype: str = "float32"
+    init_from: str | None = None
+    seed: int = 0
+    latency_batch: int = 64
+    train: Training = field(default_factory=Training)
+    calibration: Calibration = field(default_factory=Calibration)
+    prune: Pruning = field(default_factory=Pruning)
+    finetune: Training = field(default_factory=Training)
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> Options:
+    """The options in a nested mapping, such as a ConfigDict; the rest are defaults.
+
+    Raises:
+      ConfigError: unknown names, values of the wrong type or out of range, all listed.
+    """
+    problems: list[str] = []
+    options = _read(Options, mapping, "", problems)
+    if not problems:
+        problems = range_problems(options)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return options
+
+
+def flat(options: Options) -> dict[str, Any]:
+    """{"train.epochs": value, ...}: every field by its dotted name."""
+    return {
+        f"{name}.{inner}" if isinstance(value, dict) else name: leaf
+        for name, value in dataclasses.asdict(options).items()
+        for inner, leaf in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+
+
+def _read(record: type, mapping: Mapping[str, Any], prefix: str, problems: list) -> Any:
+    hints = typing.get_type_hints(record)
+    values = {}
+    for name in mapping:
+        value = mapping[name]
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else "remove it"
+            problems.append(f"unknown field {prefix}{name}, {hint}")
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _read(hints[name], value, f"{prefix}{name}.", problems)
+        else:
+            values[name] = _value(prefix + name, value, hints[name], problems)
+    return record(**values)
+
+
+def _value(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
+    union = isinstance(hint, types.UnionType)
+    allowed = typing.get_args(hint) if union else (hint,)
+    if float in allowed and type(value) is int:
+        return float(value)
+    if type(value) not in allowed:
+        expected = " or ".join(
+            "None" if a is type(None) else a.__name__ for a in allowed
+        )
+        problems.append(f"{name}={value!r}: expected {expected}")
+    return value
+
+
+def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
+    return f"{low} or more", lambda value: value >= low
+
+
+_FRACTION = "above 0 and at most 1", lambda value: 0 < value <= 1
+_SHARE = "from 0 to below 1", lambda value: 0 <= value < 1
+_POSITIVE = "above 0", lambda value: value > 0
+_TRAINING = {
+    "epochs": _at_least(0),
+    "batch_size": _at_least(1),
+    "learning_rate": _POSITIVE,
+    "optimizer": ("'sgd' or 'adamw'", lambda value: value in ("sgd", "adamw")),
+    "momentum": _SHARE,
+    "weight_decay": _at_least(0),
+    "warmup_epochs": _at_least(0),
+    "clip_norm": _POSITIVE,
+    "label_smoothing": _SHARE,
+    "ema": _SHARE,
+    "distill_weight": ("from 0 to 1", lambda value: 0 <= value <= 1),
+    "temperature": _POSITIVE,
+}
+_RANGES = {
+    "image_size": _at_least(1),
+    "validation": _at_least(0),
+    "train_examples": _at_least(1),
+    "test_examples": _at_least(1),
+    "width": _POSITIVE,
+    "dtype": (
+        "'float32' or 'bfloat16'",
+        lambda value: value in ("float32", "bfloat16"),
+    ),
+    "seed": _at_least(0),
+    "latency_batch": _at_least(1),
+    "calibration.examples": _at_least(1),
+    "calibration.batch_size": _at_least(1),
+    "prune.macs": _FRACTION,
+    "prune.params": _FRACTION,
+    "prune.preset": ("'' or 'seed'", lambda value: value in ("", "seed")),
+    "prune.entropy_threshold": _at_least(0),
+    "prune.similarity_threshold": ("from 0 to 1", lambda value: 0 <= value <= 1),
+    "prune.layer_epochs": _at_least(0),
+    **{f"train.{name}": rule for name, rule in _TRAINING.items()},
+    **{f"finetune.{name}": rule for name, rule in _TRAINING.items()},
+}
+
+
+def range_problems(options: Options) -> list[str]:
+    """One line for each value out of its range, and for each contradiction."""
+    values = flat(options)
+    problems = [
+        f"{name}={values[name]!r}: must be {text}"
+        for name, (text, valid) in _RANGES.items()
+        if values[name] is not None and not valid(values[name])
+    ]
+    prune = options.prune
+    redundancy = prune.method == "importance_redundancy"
+    if redundancy and (prune.macs is not None or prune.params is not None):
+        problems.append(
+            f"prune.macs={prune.macs}, prune.params={prune.params}: the thresholds of "
+            "importance_redundancy decide what remains; set both to None"
+        )
+    if not redundancy and (prune.macs is None) == (prune.params is None):
+        problems.append(
+            f"prune.macs={prune.macs}, prune.params={prune.params}: give exactly one "
+            f"of them for prune.method={prune.method!r}"
+        )
+    if not redundancy:
+        given = [
+            f"prune.{name}={value!r}"
+            for name in ("preset", "entropy_threshold", "similarity_threshold")
+            if (value := getattr(prune, name)) not in ("", None)
+        ]
+        if given:
+            problems.append(
+                f"{', '.join(given)}: only for prune.method='importance_redundancy'"
+            )
+    return problems

@@ -1,0 +1,74 @@
+"""Prunes a network as a config file says: main.py --config=FILE[:ARGUMENTS].
+
+Any field can be set on the command line, such as --config.prune.macs=0.3.
+"""
+
+import pathlib
+import sys
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from jaxprune import job, options, report
+from jaxprune.errors import PruneError
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/ and the config's name")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "run on several hosts")
+
+
+def fail(error: object, status: int = 1) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses flags and loads the config file; any fault in either is one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            fail("give a config file, such as --config=configs/digits.py")
+        list(CONFIG.value)  # A file that could not be loaded raises only when used.
+    except (KeyError, AttributeError) as error:
+        words = (
+            str(error).replace("\\n", ". ").translate(str.maketrans("", "", "\\'\""))
+        )
+        fail(f"unknown config field: {words}")
+    except (flags.Error, PruneError, OSError, TypeError, ValueError) as error:
+        fail(error)
+    if rest[1:]:
+        fail(f"unknown argument {rest[1]!r}; options start with --, see --help")
+    return rest
+
+
+def main(_: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches.
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    name, _, arguments = flags.FLAGS["config"].config_filename.partition(":")
+    default = "-".join([pathlib.Path(name).stem, *arguments.split(",")]).strip("-")
+    workdir = WORKDIR.value or f"runs/{default.replace('=', '_')}"
+    console = Console()
+    logging.info("config\n%s", CONFIG.value)
+    console.print(f"{name}, commit {job.commit()}, {jax.devices()}, workdir {workdir}")
+    try:
+        asked = options.from_mapping(CONFIG.value)
+        with report.progress(console) as bars:
+            result = job.run(
+                asked, workdir=workdir, say=console.print, on_progress=bars
+            )
+    except PruneError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command continues from what {workdir} holds", 130)
+    paths = {"slim model": f"{workdir}/slim", "report": f"{workdir}/report.html"}
+    console.print(report.table(result, paths=paths))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
