@@ -62,15 +62,19 @@ def conv_general_dilated(
         and jnp.ndim(lhs) == jnp.ndim(rhs) == 4
         and lhs.dtype == rhs.dtype
         and _layout(lhs, rhs, dimension_numbers) == _NHWC_HWIO
+        and lhs.shape[3] == rhs.shape[2]
     ):
-        pads = padding
         if isinstance(padding, str):
             pads = lax.padtype_to_pads(
                 lhs.shape[1:3], rhs.shape[:2], window_strides, padding
             )
+        else:
+            pads = padding
         windows = [
             _windows(*sizes)
-            for sizes in zip(lhs.shape[1:3], rhs.shape[:2], window_strides, pads)
+            for sizes in zip(
+                lhs.shape[1:3], rhs.shape[:2], window_strides, pads, strict=True
+            )
         ]
         positions = len(windows[0]) * len(windows[1])
         if 1 <= positions <= MAX_POSITIONS and rhs.shape[:2] != (1, 1):

@@ -229,3 +229,9 @@ def test_max_pool_equals_flax(shape):
 def test_max_pool_is_that_of_xla_in_the_plain_context():
     with plain_convolutions():
         assert "reduce_window_max" in primitives(max_pool_2x2, jnp.ones((1, 4, 4, 2)))
+
+
+def test_a_wrong_number_of_channels_is_the_error_of_lax():
+    x, k = arrays((2, 2), (3, 3))
+    with pytest.raises(ValueError, match="feature_group_count"):
+        same_conv(x[..., :2], k)

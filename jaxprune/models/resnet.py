@@ -136,7 +136,9 @@ class ResNet(nn.Module):
         )(x)
         x = nn.relu(x)
         if large:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            # Flax takes pairs too, though it annotates a string only.
+            pads: Any = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pads)
         for i, (stage, first) in enumerate(self._blocks()):
             starts = first and (stage > 0 or self.project_first)
             x = Block(
