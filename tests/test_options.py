@@ -1,0 +1,148 @@
+"""Options, arguments, configs and workdirs: every mistake is named with its remedy."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from jaxprune import models
+from jaxprune.arguments import parse_arguments
+from jaxprune.errors import CheckpointError, ConfigError
+from jaxprune.options import Options, flat, from_mapping
+from jaxprune.report import append_line, read_lines
+from jaxprune.workdir import Workdir
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def test_arguments_take_the_type_of_their_defaults():
+    found = parse_arguments("method=lasso, macs=0.3,runlocal", **DEFAULTS)
+    assert vars(found) == {"method": "lasso", "macs": 0.3, "n": 2, "runlocal": True}
+    assert vars(parse_arguments(None, **DEFAULTS)) == DEFAULTS
+    assert parse_arguments("runlocal=false", **DEFAULTS).runlocal is False
+
+
+DEFAULTS = {"method": "cpli", "macs": 0.5, "n": 2, "runlocal": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("metod=cpli", "unknown argument 'metod', did you mean 'method'.*: macs, m"),
+        ("macs=half", "argument macs=half: expected float, such as 0.5"),
+        ("n=1.5", "argument n=1.5: expected int"),
+        ("macs", "argument macs needs a value, such as macs=0.5"),
+        ("runlocal=maybe", "expected true or false"),
+    ],
+)
+def test_wrong_arguments_are_named(text, error):
+    with pytest.raises(ConfigError, match=error):
+        parse_arguments(text, **DEFAULTS)
+
+
+def test_options_come_back_from_their_mapping():
+    options = Options(
+        data="cifar10", prune=dataclasses.replace(Options().prune, macs=0.3)
+    )
+    assert from_mapping(dataclasses.asdict(options)) == options
+    assert flat(options)["prune.macs"] == 0.3
+    assert from_mapping({"validation": 500}).validation == 500.0
+
+
+@pytest.mark.parametrize(
+    ("mapping", "error"),
+    [
+        ({"prune": {"mac": 0.5}}, "unknown field prune.mac, did you mean prune.macs"),
+        ({"colour": 1}, "unknown field colour"),
+        ({"seed": "x"}, "seed='x': expected int"),
+        ({"train": {"epochs": 2.0}}, "train.epochs=2.0: expected int"),
+        ({"prune": {"macs": 0.0}}, "prune.macs=0.0: must be above 0 and at most 1"),
+        ({"prune": {"macs": 1.5}}, "prune.macs=1.5: must be above 0 and at most 1"),
+        ({"prune": {"macs": None}}, "give exactly one of them"),
+        ({"prune": {"params": 0.5}}, "give exactly one of them"),
+        (
+            {"prune": {"preset": "seed"}},
+            "only for prune.method='importance_redundancy'",
+        ),
+        (
+            {"prune": {"method": "importance_redundancy"}},
+            "thresholds of importance_redundancy decide what remains",
+        ),
+        ({"finetune": {"optimizer": "lion"}}, "finetune.optimizer='lion': must be"),
+        ({"dtype": "float16"}, "dtype='float16': must be 'float32' or 'bfloat16'"),
+    ],
+)
+def test_wrong_options_are_named(mapping, error):
+    with pytest.raises(ConfigError, match=error):
+        from_mapping(mapping)
+
+
+def test_several_wrong_options_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        from_mapping({"seed": -1, "width": 0.0, "train": {"batch_size": 0}})
+    for name in ("seed=-1", "width=0.0", "train.batch_size=0"):
+        assert name in str(caught.value)
+
+
+def get_config(name: str, arg: str | None = None):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.py")))
+@pytest.mark.parametrize(
+    "arg", [None, "runlocal", "method=importance_redundancy,preset=seed", "macs=0.3"]
+)
+def test_every_config_names_every_option_and_is_valid(name, arg):
+    config = get_config(name, arg)
+    options = from_mapping(config)
+    named = {
+        f"{k}.{inner}" if hasattr(config[k], "keys") else k
+        for k in config
+        for inner in (config[k] if hasattr(config[k], "keys") else [k])
+    }
+    assert named == set(flat(options))
+    assert options.model in models.names()
+    if arg == "macs=0.3":
+        assert options.prune.macs == 0.3
+    if arg and arg.startswith("method"):
+        assert options.prune.method == "importance_redundancy"
+        assert options.calibration.examples >= 10_000 or name == "digits"
+
+
+def test_a_workdir_remembers_stages_and_refuses_another_configuration(tmp_path):
+    first = Workdir(str(tmp_path / "w"), {"seed": 0, "macs": 0.5, "data_dir": "a"})
+    first.begin()
+    first.finish("base", {"seconds": 1.0})
+    same = Workdir(str(tmp_path / "w"), {"seed": 0, "macs": 0.5, "data_dir": "b"})
+    assert same.finished == {"base": {"seconds": 1.0}}
+    with pytest.raises(ConfigError, match=r"\(macs: 0.5 there, 0.3 now\)"):
+        Workdir(str(tmp_path / "w"), {"seed": 0, "macs": 0.3, "data_dir": "a"})
+    (tmp_path / "w" / "stages.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot read .*stages.json"):
+        Workdir(str(tmp_path / "w"), {"seed": 0, "macs": 0.5, "data_dir": "a"})
+
+
+def test_a_workdir_that_never_began_takes_other_options(tmp_path):
+    Workdir(str(tmp_path), {"seed": 0})
+    assert Workdir(str(tmp_path), {"seed": 1}).finished == {}
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to the workdir .*--workdir"):
+        Workdir(str(tmp_path / "file"), {})
+
+
+def test_metrics_keep_the_last_record_of_an_epoch_that_ran_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    for epoch, loss in ((1, 3.0), (2, 2.0), (2, 1.0)):
+        append_line(path, {"stage": "train", "epoch": epoch, "loss": loss})
+    with path.open("a") as file:
+        file.write('{"stage": "tr')
+    assert [(r["epoch"], r["loss"]) for r in read_lines(path)] == [(1, 3.0), (2, 1.0)]
