@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 import jaxprune as jp
 from jaxprune import checkpoint, cost, models
+from jaxprune.criteria import CRITERIA
 from jaxprune.data import Dataset, batches, load
 from jaxprune.errors import ConfigError, first_line
 from jaxprune.options import Options, Training, flat
@@ -48,6 +49,11 @@ class Setting:
         return jnp.zeros((count, *self.dataset.image_shape), jnp.float32)
 
 
+def known_methods() -> tuple[str, ...]:
+    """What `prune.method` may be."""
+    return ("cpli", "lasso", "importance_redundancy", *CRITERIA)
+
+
 def create_model(options: Options, *, num_classes: int) -> Any:
     """The unpruned architecture that the options name."""
     overrides: dict[str, Any] = {}
@@ -60,7 +66,7 @@ def create_model(options: Options, *, num_classes: int) -> Any:
 
 def _prepare(options: Options, workdir: Workdir, on_progress: Progress) -> Setting:
     """Opens everything that can fail before the first step of training."""
-    known = jp.methods()
+    known = known_methods()
     if options.prune.method not in known:
         raise ConfigError(
             f"prune.method={options.prune.method!r} is unknown; choose one of "
