@@ -5,6 +5,7 @@ tested here is everything around it.
 """
 
 import json
+import shutil
 import types
 
 import jax
@@ -43,17 +44,20 @@ def first_channel_out(model, variables, batches, *, finetune=None, **asked):
     return Slim(slim, sliced, Plan({"conv0": KEEP}, {"conv0": 8}), report)
 
 
-@pytest.fixture(autouse=True)
-def fakes(monkeypatch):
-    def trace(model, variables, x):
-        del model
-        assert x.shape[1:] == (8, 8, 1)
-        count = sum(a.size for a in jax.tree.leaves(variables["params"]))
-        return types.SimpleNamespace(macs=lambda: 64 * count, params=lambda: count)
+def trace(model, variables, x):
+    del model
+    assert x.shape[1:] == (8, 8, 1)
+    count = sum(a.size for a in jax.tree.leaves(variables["params"]))
+    return types.SimpleNamespace(macs=lambda: 64 * count, params=lambda: count)
 
-    monkeypatch.setattr(jp, "prune", first_channel_out, raising=False)
-    monkeypatch.setattr(jp, "trace", trace, raising=False)
-    monkeypatch.setattr(cost, "latency_ms", lambda model, variables, x: 2.0)
+
+@pytest.fixture(scope="module", autouse=True)
+def fakes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jp, "prune", first_channel_out, raising=False)
+        patch.setattr(jp, "trace", trace, raising=False)
+        patch.setattr(cost, "latency_ms", lambda model, variables, x: 2.0)
+        yield
 
 
 def small(**changes) -> Options:
@@ -74,10 +78,17 @@ def quiet(*_):
     pass
 
 
-def test_a_job_leaves_checkpoints_plan_report_and_metrics(tmp_path):
-    path = tmp_path / "w"
-    report = job.run(small(), workdir=str(path), say=quiet)
-    assert json.loads((path / "report.json").read_text()) == report
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a job that ran to its end."""
+    path = tmp_path_factory.mktemp("job") / "w"
+    job.run(small(), workdir=str(path), say=quiet)
+    return path
+
+
+def test_a_job_leaves_checkpoints_plan_report_and_metrics(finished):
+    path = finished
+    report = json.loads((path / "report.json").read_text())
     assert report["method"] == "cpli" and report["seed"] == 0
     assert report["config"] == flat(small())
     assert report["groups"] == [{"name": "conv0", "size": 8, "kept": 7}]
@@ -113,56 +124,68 @@ def test_a_job_leaves_checkpoints_plan_report_and_metrics(tmp_path):
     assert slim.model.conv_widths[0] == 7
 
 
-@pytest.mark.parametrize("stage", ["_prune", "_finetune", "_evaluate"])
+@pytest.mark.parametrize("stage", job.STAGES[1:])
 def test_a_second_run_resumes_after_the_last_finished_stage(
-    tmp_path, monkeypatch, stage
+    finished, tmp_path, monkeypatch, stage
 ):
-    whole = job.run(small(), workdir=str(tmp_path / "whole"), say=quiet)
-    with monkeypatch.context() as patch:
+    path = tmp_path / "w"
+    shutil.copytree(finished, path)
+    done = job.STAGES[: job.STAGES.index(stage)]
+    stages = json.loads((path / "stages.json").read_text())
+    kept = {name: stages[name] for name in done}
+    (path / "stages.json").write_text(json.dumps(kept))
+    for name in {"prune": ("pruned", "slim"), "finetune": ("slim",)}.get(stage, ()):
+        shutil.rmtree(path / name)
 
-        def killed(setting):
-            raise KeyboardInterrupt
-
-        patch.setattr(job, stage, killed)
-        with pytest.raises(KeyboardInterrupt):
-            job.run(small(), workdir=str(tmp_path / "w"), say=quiet)
     said = []
-    report = job.run(small(), workdir=str(tmp_path / "w"), say=said.append)
-    done = job.STAGES[: job.STAGES.index(stage[1:])]
+    report = job.run(small(), workdir=str(path), say=said.append)
     assert said[0].endswith(f"finished before: {', '.join(done)}")
     assert said[1:] == [f"stage {name}" for name in job.STAGES if name not in done]
+    whole = json.loads((finished / "report.json").read_text())
     for result in (report, whole):
         del result["seconds"]
     assert report == whole
 
 
-def test_a_finished_job_only_shows_its_report_again(tmp_path, monkeypatch):
-    first = job.run(small(), workdir=str(tmp_path), say=quiet)
+def test_a_stage_that_is_interrupted_is_not_marked_finished(
+    finished, tmp_path, monkeypatch
+):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
 
+    options = small(init_from=str(finished / "base"))
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(options, workdir=str(tmp_path), say=quiet)
+    assert list(json.loads((tmp_path / "stages.json").read_text())) == ["base", "prune"]
+
+
+def test_a_finished_job_only_shows_its_report_again(finished, monkeypatch):
     def never(*_, **__):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(job, "fit", never)
-    assert job.run(small(), workdir=str(tmp_path), say=quiet) == first
+    report = json.loads((finished / "report.json").read_text())
+    assert job.run(small(), workdir=str(finished), say=quiet) == report
     with pytest.raises(ConfigError, match="seed: 0 there, 5 now"):
-        job.run(small(seed=5), workdir=str(tmp_path), say=quiet)
+        job.run(small(seed=5), workdir=str(finished), say=quiet)
 
 
-def test_weights_that_are_given_are_not_trained(tmp_path):
-    job.run(small(), workdir=str(tmp_path / "a"), say=quiet)
-    options = small(init_from=str(tmp_path / "a" / "base"))
-    report = job.run(options, workdir=str(tmp_path / "b"), say=quiet)
-    stages = {
-        json.loads(line)["stage"]
-        for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
-    }
-    assert stages == {"fine-tune"}
-    first = json.loads((tmp_path / "a" / "report.json").read_text())
+def test_weights_that_are_given_are_not_trained(finished, tmp_path):
+    options = small(init_from=str(finished / "base"))
+    report = job.run(options, workdir=str(tmp_path), say=quiet)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in lines} == {"fine-tune"}
+    first = json.loads((finished / "report.json").read_text())
     assert report["base"]["accuracy"] == first["base"]["accuracy"]
 
 
-def test_importance_redundancy_writes_the_statistics_file_of_the_script(tmp_path):
+def test_importance_redundancy_writes_the_statistics_file_of_the_script(
+    finished, tmp_path
+):
     options = small(
+        init_from=str(finished / "base"),
         prune={
             "method": "importance_redundancy",
             "macs": None,
@@ -170,7 +193,7 @@ def test_importance_redundancy_writes_the_statistics_file_of_the_script(tmp_path
             "similarity_threshold": 0.8,
             "preset": "seed",
             "layer_epochs": 1,
-        }
+        },
     )
     report = job.run(options, workdir=str(tmp_path), say=quiet)
     ratio = report["base"]["macs"] / report["finetuned"]["macs"]
