@@ -259,7 +259,9 @@ def test_refit_falls_back_on_the_prior():
     np.testing.assert_allclose(one.kernel, kernel, atol=1e-5)
     twin = rng.normal(size=(500, 3)).astype(np.float32)
     both = np.concatenate([twin, twin], axis=1)  # singular: duplicated rows
-    found = refit(moments_of(both, both @ kernel), np.arange(6) < 3, kernel=kernel)
+    found = refit(
+        moments_of(both, both @ kernel), np.arange(6) < 3, kernel=kernel, ridge=1e-6
+    )
     np.testing.assert_allclose(found.kernel[:3], kernel[:3] + kernel[3:], atol=2e-4)
     constant = refit(moments_of(both, np.full((500, 2), 4.0)), np.ones(6, bool))
     np.testing.assert_allclose(constant.intercept, 4.0, rtol=1e-5)
@@ -282,8 +284,9 @@ def test_prior_helps_with_few_samples():
 
     assert loss(kernel=kernel) < loss(kernel=kernel, ridge=0.0)
     assert loss(kernel=kernel, ridge=0.1) < loss(ridge=0.1)
-    assert default_ridge(10**9, 50) == 1e-6 and default_ridge(1, 50) == 1e-2
-    assert default_ridge(5000, 50) == pytest.approx(1e-4)
+    assert loss(kernel=kernel) < loss(kernel=kernel, ridge=1e-3)
+    assert default_ridge(10**9, 50) == 1e-6 and default_ridge(1, 50) == 0.5
+    assert default_ridge(5000, 50) == pytest.approx(5e-3)
 
 
 def test_cpli_without_loss_is_the_lasso_of_he_et_al():

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import linalg
 
 from jaxprune.errors import ScoreError
-from jaxprune.stats.moments import Covariances, Moments, covariances
+from jaxprune.stats.moments import Covariances, Moments, covariances, take_rows
 
 # Moments come from float32 products: what is below this share of the mean diagonal
 # is rounding, and a smaller ridge would fit it.
@@ -32,13 +32,16 @@ class Refit(NamedTuple):
 
 
 def default_ridge(count: float, rows: int) -> float:
-    """The ridge factor for `count` samples and `rows` kept rows: rows / (100 count).
+    """The ridge factor for `count` samples and `rows` kept rows: rows / (2 count).
 
-    Clipped to [1e-6, 1e-2]. Sampling makes the smallest directions of the Gram
-    matrix uncertain by about rows / count of the mean diagonal; with the ridge
-    pulling towards the original weights, what the data cannot tell stays as it was.
+    Clipped to [1e-6, 0.5]. Sampling makes the directions of the Gram matrix uncertain
+    by about rows / count of the mean diagonal; with the ridge pulling towards the
+    original weights, what the data cannot tell stays as it was. Held-out error at
+    half the channels of three convolutions of a CIFAR-10 VGG-16, of factors 1e-6 to 1:
+    least within a factor of 3 of this rule for 200, 1,000 and 10,000 patches (1152
+    rows, 1,000 patches: 0.05 of the target's energy, against 0.22 at 1e-4).
     """
-    return float(np.clip(0.01 * rows / max(count, 1.0), 1e-6, 1e-2))
+    return float(np.clip(0.5 * rows / max(count, 1.0), 1e-6, 0.5))
 
 
 def refit(
@@ -62,7 +65,7 @@ def refit(
     Args:
       row_keep: bool (R,).
       kernel: W0 (R, N), the original weights, as the prior of the ridge; without
-        it the ridge pulls to zero. Rows without energy then stay at the prior.
+        it the ridge pulls to zero. Rows without energy stay at the prior.
       ridge: default `default_ridge(count, |K|)`. At least 1e-7, the rounding of
         float32 moments; raised tenfold while the factorisation fails.
 
@@ -77,23 +80,22 @@ def refit(
             f"moments of {rows} rows and {outputs} outputs need row_keep ({rows},) and "
             f"a kernel ({rows}, {outputs}); found {row_keep.shape} and {prior.shape}"
         )
-    cov = covariances(moments, centred=intercept)
+    kept = np.flatnonzero(row_keep)
+    cov = covariances(take_rows(moments, kept), centred=intercept)
     if not (np.isfinite(cov.xx).all() and np.isfinite(cov.xy).all()):
         raise ScoreError(
             "the moments hold NaN or infinity: the calibration activations overflowed; "
             "check the weights and the inputs, or run the model in float32"
         )
-    kept = np.flatnonzero(row_keep)
     if ridge is None:
         ridge = default_ridge(cov.count, kept.size)
-    gram, cross = cov.xx[np.ix_(kept, kept)], cov.xy[kept]
-    solved = _solve(gram, cross, prior[kept], max(ridge, NOISE))
+    solved = _solve(cov.xx, cov.xy, prior[kept], max(ridge, NOISE))
     new = np.zeros((rows, outputs))
     new[kept] = solved
     return Refit(
         new.astype(np.float32),
-        (cov.mean_y - cov.mean_x @ new).astype(np.float32),
-        _residual(cov, gram, cross, solved),
+        (cov.mean_y - cov.mean_x @ solved).astype(np.float32),
+        _residual(cov, cov.xx, cov.xy, solved),
     )
 
 

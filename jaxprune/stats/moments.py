@@ -128,6 +128,19 @@ def _of_block(x: jax.Array, y: jax.Array, weight: jax.Array) -> Moments:
     )
 
 
+def take_rows(moments: Moments, rows: np.ndarray) -> Moments:
+    """Moments of the inputs x[rows] alone, on the host; rows int (K,)."""
+
+    def part(mean_x, xx, xy):
+        xx = np.asarray(xx)[np.ix_(rows, rows)]
+        return np.asarray(mean_x)[rows], xx, np.asarray(xy)[rows]
+
+    mean_x, xx, xy = part(moments.mean_x, moments.xx, moments.xy)
+    low = list(moments.low)
+    low[1], low[3], low[4] = part(low[1], low[3], low[4])
+    return moments._replace(mean_x=mean_x, xx=xx, xy=xy, low=tuple(low))
+
+
 class Covariances(NamedTuple):
     """Float64 means and second moments divided by the count, on the host.
 
