@@ -56,14 +56,14 @@ def allocate(
     def cost(counts: Mapping[str, int]) -> float:
         return cost_fn({n: np.arange(k) for n, k in counts.items()})
 
-    best, best_loss = None, np.inf
-    counts = {g.name: g.size for g in groups}
-    for _ in range(rounds):
+    counts = best = {g.name: g.size for g in groups}
+    best_loss = np.inf
+    for _ in range(max(rounds, 1)):
         price = _prices(groups, counts, cost, bounds)
         priorities = {n: slope / price[n] for n, slope in slopes.items()}
         found = fit(groups, priorities, cost, limit, bounds)
         loss = sum(curves[n][k] for n, k in found.items())
-        if best is None or loss < best_loss:
+        if loss < best_loss:
             best, best_loss = found, loss
         if found == counts:
             break

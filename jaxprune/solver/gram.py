@@ -99,7 +99,7 @@ def combine(systems: Sequence[GateSystem], *, balance: bool = True) -> GateSyste
     """
     shares = [1 / s.constant if balance and s.constant > 0 else 1.0 for s in systems]
     return GateSystem(
-        sum(s.gram * a for s, a in zip(systems, shares, strict=True)),
-        sum(s.linear * a for s, a in zip(systems, shares, strict=True)),
+        np.sum([s.gram * a for s, a in zip(systems, shares, strict=True)], axis=0),
+        np.sum([s.linear * a for s, a in zip(systems, shares, strict=True)], axis=0),
         float(sum(s.constant * a for s, a in zip(systems, shares, strict=True))),
     )

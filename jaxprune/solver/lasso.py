@@ -175,7 +175,7 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
         factor = linalg.cho_factor(matrix, lower=True, check_finite=False)
         return linalg.cho_solve(factor, np.eye(len(matrix)), check_finite=False)
     except linalg.LinAlgError:
-        return linalg.pinvh(matrix, check_finite=False)
+        return np.linalg.pinv(matrix, hermitian=True)
 
 
 def _walk(path: _Path, *, lam_stop: float, count_stop: int) -> None:

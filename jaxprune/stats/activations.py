@@ -39,9 +39,11 @@ class ActivationStats(NamedTuple):
 
 def stats_zeros(channels: int) -> ActivationStats:
     """Statistics of no sample; the identity of `stats_merge`."""
-    zero = [jnp.zeros(channels, jnp.float32) for _ in range(4)]
-    infinite = jnp.full(channels, jnp.inf, jnp.float32)
-    return ActivationStats(jnp.zeros((), jnp.float32), *zero, infinite, -infinite)
+    # Separate arrays: a donated buffer must not be passed twice.
+    none, *zero = (jnp.zeros(s, jnp.float32) for s in ((), *[(channels,)] * 4))
+    top = jnp.full(channels, jnp.inf, jnp.float32)
+    mean, m2, mean_abs, zero_fraction = zero
+    return ActivationStats(none, mean, m2, mean_abs, zero_fraction, top, -top)
 
 
 def stats_update(stats: ActivationStats, x: jax.Array) -> ActivationStats:

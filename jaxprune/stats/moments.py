@@ -86,17 +86,17 @@ def psum(moments: Moments, axis_name: str) -> Moments:
     """Moments over all devices of the mapped axis; inside shard_map or pmap."""
     total, total_low = compensated.psum(moments.count, moments.low[0], axis_name)
     share = moments.count / jnp.maximum(total, 1e-30)
+    high, low = moments[:6], moments.low
     means = [
-        compensated.psum(moments[i] * share, moments.low[i] * share, axis_name)
-        for i in (1, 2)
+        compensated.psum(high[i] * share, low[i] * share, axis_name) for i in (1, 2)
     ]
     dx, dy = (
-        (moments[i] - mean) + (moments.low[i] - low)
-        for i, (mean, low) in zip((1, 2), means, strict=True)
+        (high[i] - mean[0]) + (low[i] - mean[1])
+        for i, mean in zip((1, 2), means, strict=True)
     )
     between = _between(dx, dy, moments.count)
     rest = [
-        compensated.psum(moments[i], moments.low[i] + extra, axis_name)
+        compensated.psum(high[i], low[i] + extra, axis_name)
         for i, extra in zip((3, 4, 5), between, strict=True)
     ]
     pairs = [(total, total_low), *means, *rest]
