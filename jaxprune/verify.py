@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jaxprune.conv import plain_convolutions
+from jaxprune.check import align, axis_mask, slim_handle
 from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
-from jaxprune.graph.evaluate import has_loops, sub_jaxprs
+from jaxprune.graph.evaluate import has_loops
 from jaxprune.records import Plan
-from jaxprune.surgery import shrink, slice_variables, slim_handle
+from jaxprune.surgery import shrink
 
 # What a removed entry must be for a reduction over it to pass it by.
 _NEUTRAL = {
@@ -26,109 +26,6 @@ _NEUTRAL = {
     "reduce_prod": 1.0,
     "reduce_and": True,
 }
-
-
-def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> dict[Site, Any]:
-    """Literals of the slim program by call site, after the static check of the plan.
-
-    The slim model is traced abstractly and held against the original's records: the
-    same primitives in the same order, every shape as predicted, slices that start at
-    the kept count before them. Costs no FLOPs.
-
-    Raises:
-      EmissionError: the slim program is another one, with the first difference.
-    """
-    plan = graph.complete(plan)
-    structs = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), graph.variables
-    )
-    small = slice_variables(graph, plan, structs)
-    handle = slim_handle(graph, plan, small)
-    try:
-        with plain_convolutions():
-            slim = jax.make_jaxpr(lambda v, i: handle(v, *i))(small, graph.inputs)
-    except Exception as error:
-        raise EmissionError(
-            "the slim model cannot be traced, because a size in its source did not "
-            f"follow its arrays: {str(error).splitlines()[0]}; keep that group whole"
-        ) from error
-    literals: dict[Site, Any] = {}
-    _align(graph, graph.unit_mask(plan), graph.closed, slim, (), literals)
-    return literals
-
-
-def _align(
-    graph: ChannelGraph,
-    mask: np.ndarray,
-    full: jex.ClosedJaxpr,
-    slim: jex.ClosedJaxpr,
-    site: Site,
-    literals: dict[Site, Any],
-) -> None:
-    names = [[e.primitive.name for e in c.jaxpr.eqns] for c in (full, slim)]
-    if names[0] != names[1]:
-        number = next(
-            (k for k, (a, b) in enumerate(zip(*names, strict=False)) if a != b),
-            min(map(len, names)),
-        )
-        where = [n[number] if number < len(n) else "nothing" for n in names]
-        raise EmissionError(
-            "the slim model runs other operations than the original: at equation "
-            f"{(*site, number)} expected {where[0]}, found {where[1]}; a branch in its "
-            "source depends on a size that changed. Keep that group whole"
-        )
-    pairs = zip(full.jaxpr.eqns, slim.jaxpr.eqns, strict=True)
-    for number, (eqn, other) in enumerate(pairs):
-        here = (*site, number)
-        record = graph.records[here]
-        for value, var, found in zip(
-            record.outputs, eqn.outvars, other.outvars, strict=True
-        ):
-            expected = kept_shape(graph, mask, value.axes, var.aval.shape)
-            if expected != tuple(found.aval.shape):
-                raise EmissionError(
-                    f"a size did not follow at {record.name} {here}: expected shape "
-                    f"{expected}, found {tuple(found.aval.shape)}"
-                )
-        _check_starts(graph, mask, record, other, here)
-        literals[here] = [
-            atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
-        ]
-        inner = list(zip(sub_jaxprs(eqn), sub_jaxprs(other), strict=True))
-        for branch, (a, b) in enumerate(inner):
-            deeper = (
-                here if len(inner) == 1 and record.name != "cond" else (*here, branch)
-            )
-            _align(graph, mask, a, b, deeper, literals)
-
-
-def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:
-    """The shape that is left under a channel mask."""
-    return tuple(
-        size if axis is None else int(axis_mask(graph, mask, axis).sum())
-        for axis, size in zip(axes, shape, strict=True)
-    )
-
-
-def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """bool array (n,): which indices of a node vector are kept."""
-    return np.append(mask, True)[graph.needs(axis)].all(1)
-
-
-def _check_starts(graph, mask, record, other, here) -> None:
-    if record.name != "slice":
-        return
-    source = record.inputs[0].axes
-    starts = record.eqn.params["start_indices"]
-    for axis, start, found in zip(
-        source, starts, other.params["start_indices"], strict=True
-    ):
-        kept = start if axis is None else axis_mask(graph, mask, axis)[:start].sum()
-        if int(kept) != found:
-            raise EmissionError(
-                f"a slice did not follow at {here}: expected start {int(kept)}, found "
-                f"{found}"
-            )
 
 
 def masked_outputs(
@@ -212,8 +109,8 @@ def verify(
     """
     source = graph.variables if variables is None else variables
     inputs = x if isinstance(x, tuple) else (x,)
-    expected = masked_outputs(graph, plan, source, inputs)
     slim = shrink(graph, plan, source)
+    expected = masked_outputs(graph, slim.plan, source, inputs)
     handle = slim_handle(graph, slim.plan, slim.variables)
     found = jax.tree.leaves(jax.jit(lambda v, i: handle(v, *i))(slim.variables, inputs))
     worst, scale = 0.0, 1.0

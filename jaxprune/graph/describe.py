@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 def describe(graph: ChannelGraph) -> str:
     """Groups with sizes and members, costs, and what is frozen and why."""
-    lines = [
-        f"ChannelGraph: {len(graph.groups)} groups, {graph.channels.count} channels, "
-        f"{graph.macs():,} MACs, {graph.params():,} parameters"
-    ]
+    sizes = f"{len(graph.groups)} groups, {graph.channels.count} channels"
+    costs = f"{graph.macs():,} MACs, {graph.params():,} parameters"
+    lines = [f"ChannelGraph: {sizes}, {costs}"]
     width = max((len(group.name) for group in graph.groups), default=0)
     for group in graph.groups:
         lines.append(f"  {group.name:<{width}}  {group.size:>5}  {_members(group)}")

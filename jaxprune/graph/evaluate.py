@@ -18,8 +18,7 @@ Before = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
 After = Callable[[Site, jex.JaxprEqn, list[Any], list[Any]], list[Any]]
 
 CALLS = frozenset(
-    """jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call
-    custom_vjp_call custom_vjp_call_jaxpr core_closed_call""".split()
+    ["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "core_closed_call"]
 )
 
 
@@ -56,7 +55,7 @@ def evaluate(
     for number, eqn in enumerate(jaxpr.eqns):
         here = (*site, number)
         operands = [read(atom) for atom in eqn.invars]
-        options: dict[str, Any] = dict(before=before, after=after, loops=loops)
+        options: dict[str, Any] = {"before": before, "after": after, "loops": loops}
         name = eqn.primitive.name
         if name in CALLS:
             results = evaluate(inner_jaxpr(eqn), operands, site=here, **options)

@@ -18,9 +18,9 @@ from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import Calibration, measure_moments
 from jaxprune.methods.taps import Tap, by_kernel
 from jaxprune.records import Group, Plan
+from jaxprune.slicing import mask_variables
 from jaxprune.solver.refit import refit as solve_refit
 from jaxprune.stats.moments import Moments, covariances
-from jaxprune.surgery import mask_variables
 
 Refit = Literal["none", "bias", "lstsq"]
 Passes = Literal["sequential", "single"]

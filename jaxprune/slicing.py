@@ -1,0 +1,128 @@
+"""Slices, masks and mirrors of the variables under a plan; no model is rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import trees
+from jaxprune.errors import GraphError, PlanError
+from jaxprune.graph import ChannelGraph
+from jaxprune.records import Plan
+
+Keep = Mapping[str, Mapping[int, np.ndarray]]
+
+
+def keep_indices(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Keep:
+    """{leaf: {axis: kept indices}}, sorted; only axes that lose something.
+
+    Raises:
+      PlanError: the plan is not for this graph, or empties an axis.
+    """
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for (path, axis), mask in graph.place_masks(plan).items():
+        if not mask.any():
+            raise PlanError(
+                f"the plan keeps nothing of {path} axis {axis} ({mask.size}); keep at "
+                "least one channel of every group on it"
+            )
+        if not mask.all():
+            found.setdefault(path, {})[axis] = np.flatnonzero(mask)
+    return found
+
+
+def take(leaf: Any, keep: Mapping[int, np.ndarray]) -> Any:
+    """The leaf with only the kept indices of the given axes (abstract or real)."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = [
+            keep[axis].size if axis in keep else size
+            for axis, size in enumerate(leaf.shape)
+        ]
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+    if not keep:
+        return leaf
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        for axis, indices in keep.items():
+            leaf = jnp.take(leaf, indices, axis=axis)
+        return leaf
+    # On the host: one copy, where jnp.take would compile once per shape.
+    small = np.asarray(leaf)
+    for axis, indices in keep.items():
+        small = np.take(small, indices, axis=axis)
+    return small if isinstance(leaf, np.ndarray) else jnp.asarray(small)
+
+
+def slice_variables(
+    graph: ChannelGraph, plan: Plan | Mapping[str, Any], variables: Any
+) -> Any:
+    """The variables tree with what the plan removes taken out of every collection."""
+    keep = keep_indices(graph, plan)
+    leaves = checked_leaves(graph, variables)
+    return trees.unflatten_like(
+        variables,
+        {path: take(leaf, keep.get(path, {})) for path, leaf in leaves.items()},
+    )
+
+
+def checked_leaves(graph: ChannelGraph, variables: Any) -> dict[str, Any]:
+    """The leaves by name.
+
+    Raises:
+      GraphError: names or shapes are not those that were traced.
+    """
+    leaves, traced = trees.flatten(variables), trees.flatten(graph.variables)
+    problems = [f"{path} is missing" for path in traced if path not in leaves]
+    problems += [f"{path} is not in the model" for path in leaves if path not in traced]
+    problems += [
+        f"{path}: expected shape {traced[path].shape}, found {leaf.shape}"
+        for path, leaf in leaves.items()
+        if path in traced and tuple(leaf.shape) != tuple(traced[path].shape)
+    ]
+    if problems:
+        raise GraphError(
+            "these variables are not those the graph was traced with:\n  "
+            + "\n  ".join(problems[:8])
+        )
+    return leaves
+
+
+def mask_variables(
+    graph: ChannelGraph, plan: Plan | Mapping[str, Any], variables: Any
+) -> Any:
+    """The full-size variables with the consumers' slices of removed channels at zero."""
+    masks = graph.place_masks(plan)
+    read = {
+        (slot.path, slot.axis) for group in graph.groups for slot in group.consumers
+    }
+    leaves = checked_leaves(graph, variables)
+    for path, axis in read:
+        leaf = leaves[path]
+        shape = [1] * leaf.ndim
+        shape[axis] = leaf.shape[axis]
+        leaves[path] = leaf * jnp.asarray(masks[path, axis], leaf.dtype).reshape(shape)
+    return trees.unflatten_like(variables, leaves)
+
+
+def shrink_like(graph: ChannelGraph, plan: Plan | Mapping[str, Any], tree: Any) -> Any:
+    """A tree that mirrors the variables (momentum, Adam moments, an EMA), sliced.
+
+    A leaf mirrors a variable if its path ends with the variable's path (with or
+    without its collection) and the shapes are equal; other leaves are kept.
+    """
+    keep, traced = keep_indices(graph, plan), trees.flatten(graph.variables)
+    by_name = dict(traced)
+    by_name.update({path.partition("/")[2]: leaf for path, leaf in traced.items()})
+    full_name = {path.partition("/")[2]: path for path in traced}
+    result = {}
+    for path, leaf in trees.flatten(tree).items():
+        name = path
+        while name and name not in by_name:
+            name = name.partition("/")[2]
+        if name and getattr(leaf, "shape", None) == by_name[name].shape:
+            leaf = take(leaf, keep.get(full_name.get(name, name), {}))
+        result[path] = leaf
+    return trees.unflatten_like(tree, result)
