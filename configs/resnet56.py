@@ -1,6 +1,10 @@
 """ResNet-56 on CIFAR-10.
 
-COST
+Cost: made for one accelerator, 200 epochs of training and 40 of fine-tuning. On 2 CPU
+cores start from trained weights (init_from) and fine-tune for an epoch or two, or take
+the argument runlocal: ResNet-20 at half the width on 2,000 images, about a minute, its
+accuracies mean nothing. Expected: about 93 % before pruning is what the literature
+reports for this network and recipe.
 """
 
 from ml_collections import ConfigDict
@@ -80,7 +84,7 @@ def _training(
 
 def _shrink(config: ConfigDict) -> None:
     """Cuts everything down to a trial of about a minute on 2 CPU cores."""
-    config.width = 0.5
+    config.model = "resnet20"  # Compiling ResNet-56 alone takes a minute.
     config.train_examples = 2000
     config.test_examples = 1000
     config.train.epochs = 2

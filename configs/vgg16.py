@@ -1,6 +1,10 @@
 """VGG-16 with batch normalisation on CIFAR-10.
 
-COST
+Cost: made for one accelerator, 160 epochs of training and 40 of fine-tuning. On 2 CPU
+cores start from trained weights (init_from) and fine-tune for an epoch or two, or take
+the argument runlocal: a quarter of the width on 2,000 images, about a minute, its
+accuracies mean nothing. Expected: 93 to 94 % before pruning is what the literature
+reports for this network and recipe.
 """
 
 from ml_collections import ConfigDict

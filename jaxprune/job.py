@@ -23,8 +23,9 @@ from jaxprune.errors import ConfigError, first_line
 from jaxprune.options import Options, Training, flat
 from jaxprune.records import Slim
 from jaxprune.report import append_line, page, read_lines, write_json, write_text
-from jaxprune.train import evaluate, fit, recalibrate_batch_norm
-from jaxprune.train.sharding import check_divisible
+from jaxprune.train import fit, recalibrate_batch_norm
+from jaxprune.train.evaluation import make_evaluator
+from jaxprune.train.sharding import check_divisible, replicate
 from jaxprune.workdir import Workdir
 
 Progress = Callable[[str, int, int], None]
@@ -227,37 +228,37 @@ def _finetune(setting: Setting) -> dict[str, Any]:
     return {}
 
 
-def _measure(
-    setting: Setting, model: Any, variables: Any, *, latency_ms: float | None = None
-) -> dict[str, Any]:
-    """Accuracy and loss on the test split, and what the network costs."""
-    scores = evaluate(
-        model, variables, setting.dataset.test, on_progress=setting.on_progress
-    )
-    graph = jp.trace(model, variables, setting.example[:1])
-    if latency_ms is None:
-        latency_ms = float(cost.latency_ms(model, variables, setting.example))
-    return {
-        **scores,
+def _measure(setting: Setting, model: Any, *trained: Any) -> list[dict[str, Any]]:
+    """For each of the variables: test accuracy and loss, and what the network costs.
+
+    All have the same shapes: the model is compiled, traced and timed once.
+    """
+    test = setting.dataset.test
+    evaluator = make_evaluator(model, test.transform)
+    size = min(500, len(test))
+    graph = jp.trace(model, trained[0], setting.example[:1])
+    costs = {
         "macs": int(graph.macs()),
         "params": int(graph.params()),
-        "bytes": cost.tree_bytes(variables),
-        "latency_ms": latency_ms,
+        "bytes": cost.tree_bytes(trained[0]),
+        "latency_ms": float(cost.latency_ms(model, trained[0], setting.example)),
     }
+    return [
+        {**evaluator(replicate(v), test, size, setting.on_progress), **costs}
+        for v in trained
+    ]
 
 
 def _evaluate(setting: Setting) -> dict[str, Any]:
     path = setting.workdir.path
     pruned = checkpoint.load(path / "pruned", setting.model)
     slim = checkpoint.load(path / "slim", setting.model)
-    before = _measure(setting, pruned.model, pruned.variables)
+    (base,) = _measure(setting, setting.model, _base_variables(setting))
+    before, after = _measure(setting, slim.model, pruned.variables, slim.variables)
     return {
-        "base": _measure(setting, setting.model, _base_variables(setting)),
+        "base": base,
         "pruned": before,
-        # Same shapes, same time.
-        "finetuned": _measure(
-            setting, slim.model, slim.variables, latency_ms=before["latency_ms"]
-        ),
+        "finetuned": after,
         **{
             name: slim.report[name]
             for name in ("asked", "achieved", "verify_max_abs_error", "groups")

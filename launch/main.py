@@ -3,6 +3,7 @@
 Any field can be set on the command line, such as --config.prune.macs=0.3.
 """
 
+import os
 import pathlib
 import sys
 from typing import NoReturn
@@ -18,6 +19,11 @@ from jaxprune.errors import PruneError
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/ and the config's name")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "run on several hosts")
+
+CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/jaxprune", "where compiled programs are kept"
+)
+NAME = str.maketrans({":": "-", ",": "-", "=": "_"})
 
 
 def fail(error: object, status: int = 1) -> NoReturn:
@@ -45,14 +51,18 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches.
+    # Programs compiled once are found again by the next run.
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE.value))
     if DISTRIBUTED.value:
         jax.distributed.initialize()
-    name, _, arguments = flags.FLAGS["config"].config_filename.partition(":")
-    default = "-".join([pathlib.Path(name).stem, *arguments.split(",")]).strip("-")
-    workdir = WORKDIR.value or f"runs/{default.replace('=', '_')}"
+    del argv  # Checked by parse.
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    # runs/vgg16-method_lasso-runlocal for configs/vgg16.py:method=lasso,runlocal
+    default = pathlib.Path(name).name.replace(".py", "").translate(NAME)
+    workdir = WORKDIR.value or f"runs/{default}"
     console = Console()
     logging.info("config\n%s", CONFIG.value)
     console.print(f"{name}, commit {job.commit()}, {jax.devices()}, workdir {workdir}")

@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -184,10 +185,11 @@ def prepared(
     """A prepared TFDS data set; the builder is never asked to download."""
     path = _find_prepared(name, data_dir)
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets
     except ImportError as error:
         raise DataError(f"TFDS is not installed ({error}); {_INSTALL}") from error
     try:
+        tfds: Any = tensorflow_datasets  # Its annotations leave much out.
         builder = tfds.builder_from_directory(str(path))
         splits = builder.info.splits
         held_out = "test" if "test" in splits else "validation"
@@ -202,7 +204,7 @@ def prepared(
             f"cannot open the TFDS data set in {path}: {first_line(error)}; it must be in "
             "array_record format with splits train and test (or validation)"
         ) from error
-    features = builder.info.features
+    features: Any = builder.info.features
     if features is None or not {"image", "label"} <= set(features):
         raise DataError(
             f"the TFDS data set in {path} has features {sorted(features or ())}; "

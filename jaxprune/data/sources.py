@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ def _digits() -> Raw:
             "the digits come with scikit-learn, which is not installed; run "
             "pip install 'jaxprune[digits]'"
         ) from error
-    scans = load_digits()
+    scans: Any = load_digits()
     x = np.round(scans.images[..., None] * (255 / 16)).astype(np.uint8)
     y = scans.target.astype(np.int32)
     # The file is ordered by writer. Every fifth scan of a fixed shuffle is a test.

@@ -170,7 +170,9 @@ def fit(
             epoch=epoch,
             advance=advance,
         )
-        record = _epoch_record(stage, epoch, metrics, float(rate(int(state.step))))
+        record = _epoch_record(
+            stage, epoch, metrics, float(np.asarray(rate(int(state.step))))
+        )
         if dataset.validation is not None:
             size = min(500, len(dataset.validation))
             scores = evaluator(final_variables(state), dataset.validation, size)

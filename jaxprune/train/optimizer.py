@@ -53,7 +53,7 @@ def make_optimizer(
     """
     mask = None if decay_all else _kernels
     if name == "sgd":
-        steps = [
+        steps: list[optax.GradientTransformation] = [
             optax.add_decayed_weights(weight_decay, mask),
             optax.sgd(rate, momentum, nesterov=True),
         ]

@@ -39,9 +39,9 @@ class EpochCheckpoints:
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """(epochs done, state then), or (0, `state`) where nothing was kept."""
-        if self._manager is None or self._manager.latest_step() is None:
+        epoch = self._manager.latest_step() if self._manager else None
+        if self._manager is None or epoch is None:
             return 0, state
-        epoch = self._manager.latest_step()
         arrays = jax.device_get(state)
         try:
             # Settings first: orbax cuts or pads an array to the shape it is asked for.
