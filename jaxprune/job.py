@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ from jaxprune.data import Dataset, batches, load
 from jaxprune.errors import ConfigError, first_line
 from jaxprune.options import Options, Training, flat
 from jaxprune.records import Slim
-from jaxprune.report import append_line, page, read_lines, write_json, write_text
+from jaxprune.report import append_line, write_json
+from jaxprune.summary import write_report
 from jaxprune.train import fit, recalibrate_batch_norm
 from jaxprune.train.evaluation import make_evaluator
 from jaxprune.train.sharding import check_divisible, replicate
@@ -266,59 +265,6 @@ def _evaluate(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _write_report(setting: Setting) -> dict[str, Any]:
-    options, workdir = setting.options, setting.workdir
-    device = jax.devices()[0]
-    report = {
-        "method": options.prune.method,
-        "data": options.data,
-        "model": options.model,
-        "config": flat(options),
-        "commit": commit(),
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "seed": options.seed,
-        "latency_batch": options.latency_batch,
-        "jax": jax.__version__,
-        "seconds": {
-            stage: record["seconds"] for stage, record in workdir.finished.items()
-        },
-        **workdir.finished["evaluate"]["results"],
-    }
-    write_json(workdir.path / "report.json", report)
-    metrics = read_lines(workdir.path / "metrics.jsonl")
-    write_text(workdir.path / "report.html", page(report, metrics))
-    if options.prune.method == "importance_redundancy":
-        _write_data_stats(setting, report)
-    return report
-
-
-def _write_data_stats(setting: Setting, report: dict[str, Any]) -> None:
-    """data_stats<S><E>, the file of the published script, with its words.
-
-    Its pruning ratio is the MACs before over the MACs after, of convolutions and
-    Dense layers.
-    """
-    asked = report["asked"]
-    similarity, entropy = asked["similarity_threshold"], asked["entropy_threshold"]
-    ratio = report["base"]["macs"] / report["finetuned"]["macs"]
-    write_text(
-        setting.workdir.path / f"data_stats{similarity}{entropy}",
-        f"Model Accuracy AFTER REGRESSION  is {report['finetuned']['accuracy']} "
-        f"prun_ratio_ach {ratio} SIMILARITY {similarity} ENTROPY {entropy}",
-    )
-
-
-def commit() -> str:
-    """The commit of the code that runs, "unknown" outside a git checkout."""
-    here = str(pathlib.Path(__file__).parent)
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
 def run(
     options: Options,
     *,
@@ -362,4 +308,4 @@ def run(
         results = stages[stage](setting)
         seconds = round(time.perf_counter() - begin, 2)
         directory.finish(stage, {"seconds": seconds, "results": results})
-    return _write_report(setting)
+    return write_report(options, directory)

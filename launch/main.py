@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from jaxprune import job, options, report
+from jaxprune import job, options, report, summary
 from jaxprune.errors import PruneError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -65,7 +65,9 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or f"runs/{default}"
     console = Console()
     logging.info("config\n%s", CONFIG.value)
-    console.print(f"{name}, commit {job.commit()}, {jax.devices()}, workdir {workdir}")
+    console.print(
+        f"{name}, commit {summary.commit()}, {jax.devices()}, workdir {workdir}"
+    )
     try:
         asked = options.from_mapping(CONFIG.value)
         with report.progress(console) as bars:
