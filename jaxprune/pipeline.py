@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxprune.errors import GraphError
-from jaxprune.frameworks import handle_of
+from jaxprune.frameworks import NnxHandle, handle_of
 from jaxprune.graph import ChannelGraph, build
 
 
 def trace(
     model: Any,
     variables: Any,
-    x: Any,
+    x: Any = None,
     *,
     apply: Callable[..., Any] | None = None,
     ignore: Sequence[str] = (),
@@ -21,12 +21,17 @@ def trace(
 ) -> ChannelGraph:
     """The channel graph of a model, traced abstractly: nothing of it is run.
 
+    `trace(model, variables, x)` for a Flax Linen module, `trace(model, x)` for an
+    NNX object, `trace(function, params, x)` for a function (params, *inputs).
+
     Args:
-      model: a Flax Linen module, or a function (params, *inputs) -> outputs.
-      variables: its variables; arrays, or ShapeDtypeStructs.
+      model: the module, the object or the function.
+      variables: arrays, or ShapeDtypeStructs; left out for an NNX object, which
+        holds them.
       x: an example input, or a tuple of the model's inputs; shapes are enough.
-      apply: (model, variables, *inputs) -> outputs, for Linen modules whose
-        inference call is not `model.apply(variables, x, train=False)`.
+      apply: where the inference call is not `model.apply(variables, x,
+        train=False)`: (model, variables, *inputs) -> outputs for Linen modules;
+        where it is not `model(x)`: (model, *inputs) -> outputs for NNX objects.
       ignore: name patterns of layers that keep all their channels.
       strict: raise at an operation without a rule, instead of freezing what it
         touches.
@@ -35,6 +40,8 @@ def trace(
       GraphError: the model does not run on these variables and inputs.
     """
     handle = handle_of(model, apply)
+    if isinstance(handle, NnxHandle) and x is None:
+        variables, x = handle.variables, variables
     inputs = x if isinstance(x, tuple) else (x,)
     try:
         return build(handle, variables, inputs, ignore=ignore, strict=strict)

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
+from flax import nnx as flax_nnx  # the submodule of that name is ours
 
 from jaxprune.errors import GraphError
 from jaxprune.frameworks.function import FunctionHandle
 from jaxprune.frameworks.linen import LinenHandle
+from jaxprune.frameworks.nnx import NnxHandle
+
+__all__ = ["FunctionHandle", "Handle", "LinenHandle", "NnxHandle", "handle_of"]
 
 
 class Handle(Protocol):
@@ -20,8 +24,7 @@ class Handle(Protocol):
 
     def __call__(self, variables: Any, *inputs: Any) -> Any: ...
 
-    @staticmethod
-    def is_parameter(path: str) -> bool: ...
+    def is_parameter(self, path: str) -> bool: ...
 
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any: ...
 
@@ -31,18 +34,20 @@ class Handle(Protocol):
 
 
 def handle_of(model: Any, apply: Callable[..., Any] | None = None) -> Handle:
-    """The handle of a Linen module or a plain function.
+    """The handle of a Linen module, an NNX object or a plain function.
 
     Raises:
-      GraphError: the model is neither.
+      GraphError: the model is none of them.
     """
     if isinstance(model, nn.Module):
         return LinenHandle(model, apply)
+    if isinstance(model, flax_nnx.Module):
+        return NnxHandle.of(model, apply)
     if callable(model) and not isinstance(model, type):
         if apply is not None:
-            raise GraphError("apply= is for Linen modules; pass the function itself")
+            raise GraphError("apply= is for Flax modules; pass the function itself")
         return FunctionHandle(model)
     raise GraphError(
-        f"expected a Flax Linen module or a function of (params, inputs), found "
+        f"expected a Flax module or a function of (params, inputs), found "
         f"{type(model).__name__}; pass module instances, not classes"
     )

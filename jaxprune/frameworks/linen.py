@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 
+from jaxprune.frameworks.flags import call_flags
 from jaxprune.frameworks.linen_resize import (
     Resized,
     Settings,
@@ -16,15 +16,6 @@ from jaxprune.frameworks.linen_resize import (
     record_groups,
     shapes_of,
 )
-
-# Flags of the inference call, by the name under which a module may take them.
-INFERENCE = {
-    "train": False,
-    "training": False,
-    "is_training": False,
-    "deterministic": True,
-    "use_running_average": True,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +58,8 @@ class LinenHandle:
 
 
 def inference_flags(model: nn.Module) -> dict[str, bool]:
-    """The flags of INFERENCE that the module's call takes."""
-    inner = model.inner if isinstance(model, Resized) else model
-    taken = inspect.signature(type(inner).__call__).parameters
-    return {name: value for name, value in INFERENCE.items() if name in taken}
+    """The flags of `flags.INFERENCE` that the module's call takes."""
+    return call_flags(type(model.inner if isinstance(model, Resized) else model))
 
 
 def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Module:
