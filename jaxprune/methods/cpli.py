@@ -25,6 +25,7 @@ from jaxprune.methods.measure import (
     gate_gradients,
 )
 from jaxprune.methods.reconstruct import (
+    Choice,
     Passes,
     Progress,
     Reconstruction,
@@ -80,12 +81,13 @@ def cpli(
         for name, found in gates.items()
     }
 
-    def choose(group: Group, terms: Sequence[Term]) -> np.ndarray:
+    def choose(group: Group, terms: Sequence[Term], current: Any) -> Choice:
+        del current
         keep = counts[group.name]
         if keep >= group.size:
-            return np.arange(group.size)
+            return Choice(np.arange(group.size))
         if not terms:
-            return top(fallback[group.name], keep)
+            return Choice(top(fallback[group.name], keep))
         weights = [
             output_weight(graph, term.tap, loss, counts) if feature_importance else None
             for term in terms
@@ -101,7 +103,7 @@ def cpli(
             nonnegative=nonnegative,
             centred=all(term.tap.intercept is not None for term in terms),
         )
-        return selection.kept
+        return Choice(selection.kept)
 
     return reconstruct(
         graph,

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.reconstruct import (
+    Choice,
     Passes,
     Progress,
     Reconstruction,
@@ -37,9 +38,9 @@ def follow_plan(
 ) -> Reconstruction:
     """Prunes to a plan that was made beforehand, refitting as `reconstruct` does."""
 
-    def choose(group: Group, terms: Sequence[Term]) -> np.ndarray:
-        del terms
-        return plan[group.name]
+    def choose(group: Group, terms: Sequence[Term], current: Any) -> Choice:
+        del terms, current
+        return Choice(plan[group.name])
 
     return reconstruct(
         graph,

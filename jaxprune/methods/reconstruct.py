@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
+from jaxprune.criteria.redundancy import Fold, Redundancy
 from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import Calibration, measure_moments
@@ -42,8 +43,22 @@ class Term(NamedTuple):
     row_channel: np.ndarray
 
 
-# (group, measured consumers) -> kept indices
-Choose = Callable[[Group, Sequence[Term]], np.ndarray]
+class Choice(NamedTuple):
+    """What was decided for a group.
+
+    Attributes:
+      kept: indices of the channels that stay.
+      redundancy, fold: channels that others stand for, and by which line; their
+        weights move to the survivors' before the refit.
+    """
+
+    kept: np.ndarray
+    redundancy: Redundancy | None = None
+    fold: Fold | None = None
+
+
+# (group, measured consumers, variables of the network pruned so far) -> choice
+Choose = Callable[[Group, Sequence[Term], Any], Choice]
 Progress = Callable[[str, int, int], None]
 
 
@@ -119,13 +134,14 @@ def reconstruct(
             )
             for path, uses in by_kernel(mine).items()
         ]
-        keep[group.name] = np.sort(choose(group, terms))
+        choice = choose(group, terms, current)
+        keep[group.name] = np.sort(choice.kept)
         plan = graph.complete(keep)
         mask = graph.unit_mask(plan)
         changed = {}
         for term in terms:
             changed.update(
-                _refitted(term, leaves | changed, mask, refit, ridge, residuals)
+                _refitted(term, choice, leaves | changed, mask, refit, ridge, residuals)
             )
         current = mask_variables(graph, plan, trees.replace(current, changed))
         if on_progress is not None:
@@ -147,6 +163,7 @@ def group_taps(taps: Sequence[Tap], group: Group) -> list[Tap]:
 
 def _refitted(
     term: Term,
+    choice: Choice,
     leaves: Mapping[str, Any],
     mask: np.ndarray,
     refit: Refit,
@@ -154,23 +171,43 @@ def _refitted(
     residuals: dict[str, float],
 ) -> dict[str, Any]:
     """New leaves of one consumer: kernel and intercept."""
-    if refit == "none":
+    if refit == "none" and choice.fold is None:
         return {}
     tap, keep = term.tap, term.tap.row_keep(mask)
     can_shift = tap.intercept is not None
-    changed: dict[str, Any] = {}
+    kernel, shift = folded(term, choice)
+    changed: dict[str, Any] = {tap.path: tap.unmatrix(kernel, leaves[tap.path])}
     if refit == "lstsq":
         solved = solve_refit(
-            term.moments, keep, kernel=term.kernel, ridge=ridge, intercept=can_shift
+            term.moments, keep, kernel=kernel, ridge=ridge, intercept=can_shift
         )
         changed[tap.path] = tap.unmatrix(solved.kernel, leaves[tap.path])
         residuals[tap.path] = float(np.mean(solved.residual))
         shift = solved.intercept
-    else:
+    elif refit == "bias":
         cov = covariances(term.moments)
-        shift = cov.mean_y - cov.mean_x @ (term.kernel * keep[:, None])
+        shift = cov.mean_y - cov.mean_x @ (kernel * keep[:, None])
     if can_shift:
         leaf = leaves[tap.intercept]
         moved = tap.sign * np.asarray(shift, np.float64).reshape(leaf.shape)
         changed[tap.intercept] = jnp.asarray(np.asarray(leaf) + moved, leaf.dtype)
     return changed
+
+
+def folded(term: Term, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+    """W (R, N) with removed twins' rows moved to their survivors', and the shift (N,).
+
+        W_i += alpha W_j,   shift += gamma sum_window W_j    for a_j ~ alpha a_i + gamma
+
+    The rows of a channel are in the same order (window positions) for every channel.
+    """
+    kernel, shift = term.kernel, np.zeros(term.kernel.shape[1])
+    if choice.redundancy is None or choice.fold is None:
+        return kernel, shift
+    kernel = kernel.copy()
+    pairs = zip(*choice.redundancy[:2], *choice.fold[:2], strict=True)
+    for removed, survivor, alpha, gamma in pairs:
+        rows = term.row_channel == removed
+        kernel[term.row_channel == survivor] += alpha * term.kernel[rows]
+        shift += gamma * term.kernel[rows].sum(0)
+    return kernel, shift

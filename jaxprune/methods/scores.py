@@ -1,0 +1,177 @@
+"""score(): any criterion for every group, from weights, gradients or activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import trees
+from jaxprune.criteria import criterion as find_criterion
+from jaxprune.criteria import redundancy
+from jaxprune.errors import ScoreError
+from jaxprune.graph import ChannelGraph
+from jaxprune.methods.activations import find_places, stream
+from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
+from jaxprune.methods.taps import find_taps
+from jaxprune.slicing import checked_leaves
+from jaxprune.stats import activations as stats_lib
+
+# Examples whose gradients of all parameters are in memory at once.
+EXAMPLES_AT_ONCE = 8
+
+
+def score(
+    graph: ChannelGraph,
+    variables: Any,
+    criterion: str = "taylor_examples",
+    *,
+    batches: Iterable[Any] | Calibration | None = None,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """{group name: (C,) float64}, larger = keep.
+
+    Args:
+      graph: from `trace`.
+      variables: arrays of the model.
+      criterion: a name from `jaxprune.criteria.CRITERIA`.
+      batches: iterable of (x, y); not needed for criteria of weights. Labels are
+        needed for criteria of gradients only.
+      loss_fn: (outputs, y) -> per-example losses (B,); by default softmax
+        cross-entropy of integer labels.
+      seed: for "random".
+
+    Raises:
+      ScoreError: unknown criterion, or data that it needs is missing.
+    """
+    found = find_criterion(criterion)
+    leaves = checked_leaves(graph, variables)
+    if found.needs == "weights":
+        return {g.name: _host(found.fn(g, leaves)) for g in graph.groups}
+    if found.needs == "key":
+        keys = jax.random.split(jax.random.key(seed), max(len(graph.groups), 1))
+        return {
+            g.name: _host(found.fn(g, leaves, key=key))
+            for g, key in zip(graph.groups, keys, strict=False)
+        }
+    if batches is None:
+        raise ScoreError(
+            f"criterion {criterion!r} needs calibration data: pass batches=, an "
+            "iterable of (x, y) from the training split"
+        )
+    data = batches if isinstance(batches, Calibration) else Calibration(batches)
+    graph = graph.retrace(data.inputs)
+    if found.needs in ("gradients", "example_gradients"):
+        loss = loss_fn or cross_entropy
+        if data.labels is None:
+            raise ScoreError(
+                f"criterion {criterion!r} needs labels: pass batches of (x, y)"
+            )
+        if found.needs == "gradients":
+            return _batch_gradients(graph, variables, data, loss, found.fn)
+        return _example_gradients(graph, variables, data, loss, found.fn)
+    return _activations(graph, variables, data, found)
+
+
+def _host(values: Any) -> np.ndarray:
+    return np.asarray(values, np.float64)
+
+
+def _parameters(graph: ChannelGraph, variables: Any) -> dict[str, Any]:
+    leaves = trees.flatten(variables)
+    return {
+        path: leaf
+        for path, leaf in leaves.items()
+        if graph.handle.is_parameter(path) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+
+
+def _batch_gradients(graph, variables, data: Calibration, loss_fn, fn):
+    params = _parameters(graph, variables)
+
+    def total(params, variables, inputs, y, weight):
+        outputs = graph.handle(trees.replace(variables, params), *inputs)
+        return (loss_fn(outputs, y) * weight).sum()
+
+    step = jax.jit(jax.grad(total))
+    grads, count = jax.tree.map(jnp.zeros_like, params), 0.0
+    for inputs, y, weight in data:
+        more = step(params, variables, inputs, y, weight)
+        grads = jax.tree.map(jnp.add, grads, more)
+        count += float(np.sum(weight))
+    grads = jax.tree.map(lambda g: g / count, grads)
+    leaves = trees.flatten(variables)
+    return {g.name: _host(fn(g, leaves, grads)) for g in graph.groups}
+
+
+def _example_gradients(graph, variables, data: Calibration, loss_fn, fn):
+    params = _parameters(graph, variables)
+
+    def one(params, variables, inputs, y):
+        batch = jax.tree.map(lambda a: a[None], inputs)
+        outputs = graph.handle(trees.replace(variables, params), *batch)
+        return loss_fn(outputs, y[None])[0]
+
+    each = jax.vmap(jax.grad(one), in_axes=(None, None, 0, 0))
+
+    @jax.jit
+    def step(params, variables, inputs, y):
+        grads = each(params, variables, inputs, y)
+        leaves = trees.flatten(variables)
+        size = jax.tree.leaves(y)[0].shape[0]
+        return {g.name: fn(g, leaves, grads) * size for g in graph.groups}
+
+    sums = {g.name: np.zeros(g.size) for g in graph.groups}
+    count = 0
+    for inputs, y, weight in data:
+        have = int(np.sum(weight))
+        for start in range(0, have, EXAMPLES_AT_ONCE):
+            part = slice(start, min(start + EXAMPLES_AT_ONCE, have))
+            few = jax.tree.map(lambda a, part=part: a[part], (inputs, y))
+            for name, values in step(params, variables, *few).items():
+                sums[name] += _host(values)
+        count += have
+    return {name: total / count for name, total in sums.items()}
+
+
+def _activations(graph, variables, data: Calibration, found):
+    taps = find_taps(graph)
+    places = find_places(graph, graph.groups, taps)
+    missing = [g.name for g in graph.groups if g.name not in places]
+    if missing:
+        raise ScoreError(
+            f"groups {missing[:4]} have no activations of their own (their channels "
+            "are summed away inside a product); score them by weights, such as 'l2'"
+        )
+    sizes = {g.name: g.size for g in graph.groups}
+
+    def run(states, update, **options):
+        return stream(graph, variables, data, places, states, update, **options)
+
+    if found.needs == "maps":
+        # Nuclear norms are not sums over examples of a state; they average.
+        start = {n: (jnp.zeros(s), jnp.zeros(())) for n, s in sizes.items()}
+
+        def add(state, maps):
+            flat = maps.reshape(maps.shape[0], -1, maps.shape[-1])
+            return state[0] + found.fn(flat) * len(flat), state[1] + len(flat)
+
+        return {n: _host(t / c) for n, (t, c) in run(start, add).items()}
+    if found.needs == "comoments":
+        start = {n: stats_lib.comoments_zeros(s) for n, s in sizes.items()}
+        states = run(start, stats_lib.comoments_update)
+        return {n: _host(found.fn(state)) for n, state in states.items()}
+    start = {n: stats_lib.stats_zeros(s) for n, s in sizes.items()}
+    pooled = found.needs == "histogram"
+    states = run(start, stats_lib.stats_update, pooled=pooled)
+    if found.needs == "histogram":
+        empty = {
+            n: stats_lib.histogram_zeros(redundancy.shared_edges(s.mean, s.variance))
+            for n, s in states.items()
+        }
+        states = run(empty, stats_lib.histogram_update, pooled=True)
+    return {n: _host(found.fn(state)) for n, state in states.items()}
