@@ -23,9 +23,45 @@ def dot_general(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
         for a, b in zip(batch_l, batch_r, strict=True)
     ]
     used_l, used_r = {*contract_l, *batch_l}, {*contract_r, *batch_r}
+    _attention_widths(walk, eqn, values)
     free_l = [axis for d, axis in enumerate(left.axes) if d not in used_l]
     free_r = [axis for d, axis in enumerate(right.axes) if d not in used_r]
     return [(*batch, *free_l, *free_r)]
+
+
+def _attention_widths(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]) -> None:
+    """Ties the width of the values to that of the queries in jax.nn's attention.
+
+    `jax.nn.dot_product_attention` insists that they are equal, a thing that its
+    equations do not show; its two contractions are known by their source lines.
+    """
+    line = _attention_line(eqn)
+    if line is None:
+        return
+    for record in reversed(walk.records.values()):
+        if record.name != "dot_general":
+            continue
+        before = _attention_line(record.eqn)
+        if before is None or before >= line:
+            return
+        (contract, _), _ = record.eqn.params["dimension_numbers"]
+        width = record.inputs[0].axes[contract[0]]
+        for side, value in enumerate(values):
+            contracted, batch = (d[side] for d in eqn.params["dimension_numbers"])
+            free = set(range(len(value.axes))) - {*contracted, *batch}
+            axes = [value.axes[d] for d in free]
+            if len(axes) == 1 and width is not None and axes[0] is not None:
+                if axes[0].size == width.size:
+                    walk.atoms.unite(width, axes[0], "")
+        return
+
+
+def _attention_line(eqn: jex.JaxprEqn) -> int | None:
+    traceback = getattr(eqn.source_info, "traceback", None)
+    for frame in traceback.frames if traceback else ():
+        if frame.function_name == "_dot_product_attention_core":
+            return frame.line_num
+    return None
 
 
 def convolution(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
