@@ -111,18 +111,19 @@ def shrink_like(graph: ChannelGraph, plan: Plan | Mapping[str, Any], tree: Any) 
     """A tree that mirrors the variables (momentum, Adam moments, an EMA), sliced.
 
     A leaf mirrors a variable if its path ends with the variable's path (with or
-    without its collection) and the shapes are equal; other leaves are kept.
+    without its collection; the state of an nnx.Optimizer counts too) and the shapes
+    are equal; other leaves are kept.
     """
     keep, traced = keep_indices(graph, plan), trees.flatten(graph.variables)
-    by_name = dict(traced)
-    by_name.update({path.partition("/")[2]: leaf for path, leaf in traced.items()})
-    full_name = {path.partition("/")[2]: path for path in traced}
+    full_name = {graph.handle.mirror_name(path): path for path in traced}
+    full_name.update({path: path for path in traced})
     result = {}
     for path, leaf in trees.flatten(tree).items():
-        name = path
-        while name and name not in by_name:
+        name = path.removesuffix("/value")  # how JAX names what an nnx.Variable holds
+        while name and name not in full_name:
             name = name.partition("/")[2]
-        if name and getattr(leaf, "shape", None) == by_name[name].shape:
-            leaf = take(leaf, keep.get(full_name.get(name, name), {}))
+        variable = full_name.get(name)
+        if variable and getattr(leaf, "shape", None) == traced[variable].shape:
+            leaf = take(leaf, keep.get(variable, {}))
         result[path] = leaf
     return trees.unflatten_like(tree, result)

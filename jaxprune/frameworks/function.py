@@ -21,6 +21,11 @@ class FunctionHandle:
         del path
         return True
 
+    @staticmethod
+    def mirror_name(path: str) -> str:
+        """The leaf's name in an optimizer's trees."""
+        return path.removeprefix("params/")
+
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
         """As the call; a function has nothing to note."""
         del notes

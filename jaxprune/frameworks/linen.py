@@ -41,6 +41,11 @@ class LinenHandle:
     def is_parameter(path: str) -> bool:
         return path.startswith("params/")
 
+    @staticmethod
+    def mirror_name(path: str) -> str:
+        """The leaf's name in trees of its collection, such as an optimizer's."""
+        return path.partition("/")[2]
+
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
         """As the call, noting what shapes do not tell: the groups of each GroupNorm."""
         with record_groups(notes):

@@ -91,6 +91,11 @@ class NnxHandle:
         """True for nnx.Param and its subclasses; not for statistics and buffers."""
         return path in self.arrays and isinstance(self.arrays[path][1], nnx.Param)
 
+    @staticmethod
+    def mirror_name(path: str) -> str:
+        """The leaf's name in an optimizer's trees: its own."""
+        return path
+
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
         """As the call; an object holds what shapes do not tell."""
         del notes
