@@ -110,10 +110,14 @@ def _align(
             f"{(*site, number)} expected {where[0]}, found {where[1]}; a branch in its "
             "source depends on a size that changed. Keep that group whole"
         )
+    _check_constants(full, slim)
+    wires = dict(zip(full.jaxpr.constvars, slim.jaxpr.constvars, strict=True))
+    wires.update(zip(full.jaxpr.invars, slim.jaxpr.invars, strict=True))
     pairs = zip(full.jaxpr.eqns, slim.jaxpr.eqns, strict=True)
     for number, (eqn, other) in enumerate(pairs):
         here = (*site, number)
         record = graph.records[here]
+        _check_operands(wires, eqn.invars, other.invars, record.name, here)
         for value, var, found in zip(
             record.outputs, eqn.outvars, other.outvars, strict=True
         ):
@@ -123,16 +127,103 @@ def _align(
                     f"a size did not follow at {record.name} {here}: expected shape "
                     f"{expected}, found {tuple(found.aval.shape)}"
                 )
+        _check_params(eqn, other, here)
         _check_starts(graph, mask, record, other, here)
+        _check_literals(eqn, other, here)
         literals[here] = [
             atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
         ]
+        wires.update(zip(eqn.outvars, other.outvars, strict=True))
         inner = list(zip(sub_jaxprs(eqn), sub_jaxprs(other), strict=True))
         for branch, (a, b) in enumerate(inner):
             deeper = (
                 here if len(inner) == 1 and record.name != "cond" else (*here, branch)
             )
             _align(graph, mask, a, b, deeper, literals)
+    _check_operands(wires, full.jaxpr.outvars, slim.jaxpr.outvars, "result", site)
+
+
+def _check_operands(wires, expected, found, name: str, here: Site) -> None:
+    """Both programs feed the same results on."""
+    for a, b in zip(expected, found, strict=True):
+        alike = isinstance(a, jex.Literal) == isinstance(b, jex.Literal)
+        if not alike or not (isinstance(a, jex.Literal) or wires[a] is b):
+            raise EmissionError(
+                f"the slim model feeds another operand to {name} {here}; a branch in "
+                "its source depends on a size that changed. Keep that group whole"
+            )
+
+
+def _check_constants(full: jex.ClosedJaxpr, slim: jex.ClosedJaxpr) -> None:
+    """Array constants are equal; one that does not vary along an axis may shrink."""
+    if len(full.consts) != len(slim.consts):
+        raise EmissionError(
+            f"expected {len(full.consts)} constant arrays in the slim model, found "
+            f"{len(slim.consts)}; a branch in its source depends on a size that changed"
+        )
+    for a, b in zip(full.consts, slim.consts, strict=True):
+        if a is b or jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended):
+            continue  # PRNG keys have no values to compare
+        expected, found = np.asarray(a), np.asarray(b)
+        for axis, size in enumerate(found.shape):
+            if size < expected.shape[axis]:
+                first = np.take(expected, [0], axis)
+                if (expected == first).all():
+                    expected = np.take(expected, range(size), axis)
+        if not np.array_equal(expected, found, equal_nan=True):
+            raise EmissionError(
+                f"a constant array of shape {a.shape} in the source depends on a size "
+                f"that changed: found shape {b.shape}, or other values; keep that group "
+                "whole"
+            )
+
+
+# Parameters that hold sizes; the shapes of the results tell if they followed.
+_SIZES = frozenset(
+    """shape sizes new_sizes start_indices limit_indices slice_sizes reps
+    feature_group_count sharding out_sharding name""".split()
+)
+
+
+def _check_params(eqn: jex.JaxprEqn, other: jex.JaxprEqn, here: Site) -> None:
+    """All else that an equation states (axes, paddings, lengths) is unchanged."""
+    for name, expected in eqn.params.items():
+        if name in _SIZES or not _plain(expected):
+            continue
+        found = other.params.get(name)
+        if found != expected and repr(found) != repr(expected):  # nan is not nan
+            raise EmissionError(
+                f"{name} of {eqn.primitive.name} {here} depends on a size that "
+                f"changed: expected {expected}, found {found}; keep that group whole"
+            )
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    simple = (type(None), bool, int, float, str, np.integer, np.dtype)
+    return isinstance(value, simple) or type(value).__name__.endswith(
+        "DimensionNumbers"
+    )
+
+
+def _check_literals(eqn: jex.JaxprEqn, other: jex.JaxprEqn, here: Site) -> None:
+    """Only real-valued constants (a mean's divisor) may depend on a size."""
+    real = any(_is_a(var.aval, np.inexact) for var in eqn.outvars)
+    for a, b in zip(eqn.invars, other.invars, strict=True):
+        if isinstance(a, jex.Literal) and not real and not _equal(a.val, b.val):
+            raise EmissionError(
+                f"an operand of {eqn.primitive.name} {here} depends on a size that "
+                f"changed: expected {a.val}, found {b.val}; keep that group whole"
+            )
+
+
+def _is_a(array: Any, kind: Any) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, kind)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
 def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:

@@ -160,17 +160,31 @@ class Atoms:
         pinned = np.zeros(self.count, bool)
         for axis, _ in self.pins:
             pinned[axis] = True
-        products = self.products
-        node, first, second, inner = products[:4]
+        products, state = self.products, None
+        while True:
+            label, frozen = self._settle(ties, pinned, products)
+            classes = Classes(label, frozen, products)
+            progress = (label.max(initial=-1), int(frozen.sum()))
+            if progress == state or not products.size:
+                return classes
+            state = progress
+            self._agree(classes, ties, pinned)
+
+    def _settle(
+        self,
+        ties: list[tuple[np.ndarray, np.ndarray]],
+        pinned: np.ndarray,
+        products: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Classes after all that pins say of products; adds to ties and pins."""
+        node, first, second = products[:3]
         state = None
         while True:
             label, frozen = _components(self.count, ties, pinned)
             progress = (label.max(initial=-1), int(frozen.sum()))
-            if progress == state:
-                return Classes(label, frozen, products)
+            if progress == state or not node.size:
+                return label, frozen
             state = progress
-            if not node.size:
-                continue
             of, of_first, of_second = label[node], label[first], label[second]
             pin = [
                 first[frozen[of]],
@@ -181,17 +195,39 @@ class Atoms:
             ]
             ties.append((node[frozen[of_first]], second[frozen[of_first]]))
             ties.append((node[frozen[of_second]], first[frozen[of_second]]))
-            # A class that holds several products: the factors agree, or, where the
-            # inner sizes differ, only whole rows of each can go.
-            order = np.argsort(of, kind="stable")
-            left, right = order[:-1], order[1:]
-            same = of[left] == of[right]
-            left, right = left[same], right[same]
-            alike = inner[left] == inner[right]
-            ties.append((first[left[alike]], first[right[alike]]))
-            ties.append((second[left[alike]], second[right[alike]]))
-            pin += [second[left[~alike]], second[right[~alike]]]
             pinned[np.concatenate(pin)] = True
+
+    @staticmethod
+    def _agree(
+        classes: Classes,
+        ties: list[tuple[np.ndarray, np.ndarray]],
+        pinned: np.ndarray,
+    ) -> None:
+        """Reconciles true products that share a class; adds to ties and pins.
+
+        Products of the same inner size have the same factors; where the inner
+        sizes differ, only whole rows of each can go. A class that is a factor of
+        itself through others is pinned.
+        """
+        node, first, second, inner, _ = classes.products[:, classes.true_products()]
+        of = classes.label[node]
+        order = np.lexsort((inner, of))
+        left, right = order[:-1], order[1:]
+        same = of[left] == of[right]
+        left, right = left[same], right[same]
+        alike = inner[left] == inner[right]
+        ties.append((first[left[alike]], first[right[alike]]))
+        ties.append((second[left[alike]], second[right[alike]]))
+        mixed = np.isin(of, of[left[~alike]])
+        pinned[second[mixed]] = True
+        count = classes.frozen.size
+        edges = (
+            np.ones(2 * of.size, bool),
+            (np.tile(of, 2), classes.label[np.concatenate([first, second])]),
+        )
+        graph = sparse.coo_matrix(edges, shape=(count, count))
+        _, ring = csgraph.connected_components(graph, connection="strong")
+        pinned[node[np.bincount(ring)[ring[of]] > 1]] = True
 
 
 def _components(
@@ -225,12 +261,16 @@ class Classes:
     _leaves: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        node, first, second = self.label[self.products[:3]]
-        true = ~self.frozen[node] & (node != first) & (node != second)
+        node, first, second = self.label[self.products[:3, self.true_products()]]
         self.factors = {
             int(c): (int(a), int(b))
-            for c, a, b in zip(node[true], first[true], second[true], strict=True)
+            for c, a, b in zip(node, first, second, strict=True)
         }
+
+    def true_products(self) -> np.ndarray:
+        """bool array (P,): products that need both of their factors."""
+        node, first, second = self.label[self.products[:3]]
+        return ~self.frozen[node] & (node != first) & (node != second)
 
     def leaves(self, label: int) -> tuple[int, ...]:
         """The unfrozen leaf classes (channels) that an index of this class needs."""

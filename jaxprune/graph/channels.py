@@ -1,5 +1,8 @@
 """From classes of nodes to channels and groups: who belongs together, and where."""
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections import defaultdict

@@ -1,5 +1,8 @@
 """MACs, parameters and bytes under any plan, from the records of the trace."""
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math

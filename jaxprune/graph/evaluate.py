@@ -18,7 +18,19 @@ Before = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
 After = Callable[[Site, jex.JaxprEqn, list[Any], list[Any]], list[Any]]
 
 CALLS = frozenset(
-    ["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "core_closed_call"]
+    [
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+        "core_closed_call",
+    ]
 )
 
 
@@ -33,6 +45,7 @@ def evaluate(
     before: Before | None = None,
     after: After | None = None,
     loops: bool = False,
+    literals: Mapping[Site, Sequence[Any]] | None = None,
     site: Site = (),
 ) -> list[Any]:
     """Outputs of the jaxpr; calls are inlined, so custom derivatives are lost.
@@ -40,11 +53,13 @@ def evaluate(
     Args:
       arguments: flat, as the jaxpr takes them.
       before, after: see the types above; called at every equation but the calls.
-      loops: also go into scan, while and cond, step by step (concrete values only
-        for while and cond); otherwise they run as they are.
+      loops: also go into scan, while and cond, which are traced anew around the
+        hooks; otherwise they run as they are.
+      literals: by site, what replaces the literal operands (None leaves one as is).
       site: prefix of the sites that the hooks see.
     """
     environment: dict[Any, Any] = {}
+    options = {"before": before, "after": after, "loops": loops, "literals": literals}
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else environment[atom]
@@ -55,7 +70,11 @@ def evaluate(
     for number, eqn in enumerate(jaxpr.eqns):
         here = (*site, number)
         operands = [read(atom) for atom in eqn.invars]
-        options: dict[str, Any] = {"before": before, "after": after, "loops": loops}
+        if literals is not None:
+            operands = [
+                held if new is None else new
+                for held, new in zip(operands, literals[here], strict=True)
+            ]
         name = eqn.primitive.name
         if name in CALLS:
             results = evaluate(inner_jaxpr(eqn), operands, site=here, **options)
@@ -86,34 +105,46 @@ def bind(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 def _scan(eqn, operands, site, options) -> list[Any]:
     params = eqn.params
     consts, carries = params["num_consts"], params["num_carry"]
-    fixed, carry = operands[:consts], operands[consts : consts + carries]
-    sliced, stacked = operands[consts + carries :], []
-    steps = range(params["length"])
-    for step in reversed(steps) if params["reverse"] else steps:
-        arguments = [*fixed, *carry, *(x[step] for x in sliced)]
+    fixed = operands[:consts]
+
+    def body(carry, sliced):
+        arguments = [*fixed, *carry, *sliced]
         results = evaluate(params["jaxpr"], arguments, site=site, **options)
-        carry = results[:carries]
-        stacked.append(results[carries:])
-    if params["reverse"]:
-        stacked.reverse()
-    return [*carry, *(jnp.stack(ys) for ys in zip(*stacked, strict=True))]
+        return results[:carries], results[carries:]
+
+    carry, stacked = jax.lax.scan(
+        body,
+        operands[consts : consts + carries],
+        operands[consts + carries :],
+        length=params["length"],
+        reverse=params["reverse"],
+    )
+    return [*carry, *stacked]
 
 
 def _while(eqn, operands, site, options) -> list[Any]:
     params = eqn.params
     of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
     test, body = operands[:of_test], operands[of_test : of_test + of_body]
-    carry = operands[of_test + of_body :]
-    cond, step = params["cond_jaxpr"], params["body_jaxpr"]
-    while evaluate(cond, [*test, *carry], site=(*site, 0), **options)[0]:
-        carry = evaluate(step, [*body, *carry], site=(*site, 1), **options)
-    return carry
+
+    def go_on(carry):
+        closed = params["cond_jaxpr"]
+        return evaluate(closed, [*test, *carry], site=(*site, 0), **options)[0]
+
+    def step(carry):
+        closed = params["body_jaxpr"]
+        return evaluate(closed, [*body, *carry], site=(*site, 1), **options)
+
+    return list(jax.lax.while_loop(go_on, step, operands[of_test + of_body :]))
 
 
 def _cond(eqn, operands, site, options) -> list[Any]:
-    branches = eqn.params["branches"]
-    chosen = int(jnp.clip(operands[0], 0, len(branches) - 1))
-    return evaluate(branches[chosen], operands[1:], site=(*site, chosen), **options)
+    def branch(number, closed):
+        return lambda *x: evaluate(closed, x, site=(*site, number), **options)
+
+    branches = [branch(k, closed) for k, closed in enumerate(eqn.params["branches"])]
+    index = jnp.asarray(operands[0], jnp.int32)
+    return list(jax.lax.switch(index, branches, *operands[1:]))
 
 
 _LOOPS: Mapping[str, Callable[..., list[Any]]] = {
@@ -121,15 +152,6 @@ _LOOPS: Mapping[str, Callable[..., list[Any]]] = {
     "while": _while,
     "cond": _cond,
 }
-
-
-def has_loops(closed: jex.ClosedJaxpr) -> bool:
-    """True if a while or cond needs concrete values to be stepped through."""
-    return any(
-        eqn.primitive.name in ("while", "cond")
-        or any(has_loops(inner) for inner in sub_jaxprs(eqn))
-        for eqn in closed.jaxpr.eqns
-    )
 
 
 def sub_jaxprs(eqn: jex.JaxprEqn) -> list[jex.ClosedJaxpr]:

@@ -1,5 +1,8 @@
 """Walks a jaxpr on index vectors: every equation becomes a Record of its call site."""
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math
@@ -81,9 +84,11 @@ class Walk:
         lines = (source_line(eqn) for eqn in reversed(self._stack))
         return next((line for line in lines if line), "an unknown line")
 
-    def run(self, jaxpr: jex.Jaxpr, inputs: Sequence[Value]) -> list[Value]:
+    def closed(self, closed: jex.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
         """Values of the outputs; ties and records are added on the way."""
-        environment: dict[Any, Value] = {}
+        jaxpr, environment = closed.jaxpr, {}
+        for var, held in zip(jaxpr.constvars, closed.consts, strict=True):
+            environment[var] = self.constant(held, var.aval.shape)
 
         def read(atom: Any) -> Value:
             if isinstance(atom, jex.Literal):
@@ -106,11 +111,6 @@ class Walk:
             self._stack.pop()
         self.site = outer
         return [read(atom) for atom in jaxpr.outvars]
-
-    def closed(self, closed: jex.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
-        """As `run`, for a jaxpr that carries its constants."""
-        constants = [self.constant(c, np.shape(c)) for c in closed.consts]
-        return self.run(closed.jaxpr, [*constants, *inputs])
 
     def apply(self, eqn: jex.JaxprEqn, values: Sequence[Value]) -> list[Value]:
         name = eqn.primitive.name

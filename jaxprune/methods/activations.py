@@ -217,16 +217,16 @@ def stream(
         return result
 
     run = jax.jit(step, static_argnums=3)
-    seen, states = 0, dict(states)
+    seen, found = 0, dict(states)
     for inputs, _, weight in calibration:
         have = int(np.sum(weight))
         if limit is not None:
             have = min(have, limit - seen)
         if have <= 0:
             break
-        states = run(states, variables, inputs, have)
+        found = run(found, variables, inputs, have)
         seen += have
-    return states
+    return found
 
 
 def collect_pooled(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.reconstruct import (

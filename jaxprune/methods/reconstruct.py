@@ -174,12 +174,12 @@ def _refitted(
     if refit == "none" and choice.fold is None:
         return {}
     tap, keep = term.tap, term.tap.row_keep(mask)
-    can_shift = tap.intercept is not None
+    place = tap.intercept
     kernel, shift = folded(term, choice)
     changed: dict[str, Any] = {tap.path: tap.unmatrix(kernel, leaves[tap.path])}
     if refit == "lstsq":
         solved = solve_refit(
-            term.moments, keep, kernel=kernel, ridge=ridge, intercept=can_shift
+            term.moments, keep, kernel=kernel, ridge=ridge, intercept=place is not None
         )
         changed[tap.path] = tap.unmatrix(solved.kernel, leaves[tap.path])
         residuals[tap.path] = float(np.mean(solved.residual))
@@ -187,10 +187,10 @@ def _refitted(
     elif refit == "bias":
         cov = covariances(term.moments)
         shift = cov.mean_y - cov.mean_x @ (kernel * keep[:, None])
-    if can_shift:
-        leaf = leaves[tap.intercept]
+    if place is not None:
+        leaf = leaves[place]
         moved = tap.sign * np.asarray(shift, np.float64).reshape(leaf.shape)
-        changed[tap.intercept] = jnp.asarray(np.asarray(leaf) + moved, leaf.dtype)
+        changed[place] = jnp.asarray(np.asarray(leaf) + moved, leaf.dtype)
     return changed
 
 

@@ -5,6 +5,9 @@ is seen as Y = X W with rows X (n, R), one an output position, kernel W (R, N) a
 targets Y (n, N) before the bias; every row and column knows the channels it needs.
 """
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math
@@ -81,7 +84,7 @@ class Tap:
 
     def row_keep(self, unit_mask: np.ndarray) -> np.ndarray:
         """bool array (R,): rows all of whose channels are kept."""
-        return np.append(unit_mask, True)[self.row_needs].all(1)
+        return np.asarray(np.append(unit_mask, True)[self.row_needs].all(axis=1))
 
 
 def _channels(needs: np.ndarray, group: Group) -> np.ndarray:

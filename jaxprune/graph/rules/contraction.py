@@ -1,5 +1,8 @@
 """Contractions: dot_general and conv_general_dilated in all their forms."""
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 from collections.abc import Sequence
 
 from jax.extend import core as jex

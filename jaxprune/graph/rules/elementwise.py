@@ -1,5 +1,8 @@
 """Element-wise primitives, reductions and windows."""
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 from collections.abc import Sequence
 
 from jax.extend import core as jex
@@ -105,10 +108,10 @@ def ordering(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     why = f"{eqn.primitive.name} at {walk.where} orders this axis"
     for value in values:
         walk.atoms.freeze(value.axes[dim], why)
-    return [
-        tuple(None if d == dim else axis for d, axis in enumerate(values[0].axes))
-        for _ in eqn.outvars
-    ]
+    shapes = [var.aval.shape for var in eqn.invars]
+    axes = unite_all(walk, values, shapes, _meets(walk, values, shapes))
+    found = tuple(None if d == dim else axis for d, axis in enumerate(axes))
+    return [found for _ in eqn.outvars]
 
 
 def window(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):

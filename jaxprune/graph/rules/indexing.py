@@ -1,5 +1,8 @@
 """Gathers, scatters and dynamic slices: full axes pass, indexed ones freeze."""
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 from collections.abc import Sequence
 
 from jax.extend import core as jex
@@ -70,7 +73,7 @@ def scatter(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     for place, axis in enumerate(updates.axes):
         dim = window.get(place)
         full = dim is not None and eqn.invars[2].aval.shape[place] == shape[dim]
-        if full and dim not in numbers.scatter_dims_to_operand_dims:
+        if dim is not None and full and dim not in numbers.scatter_dims_to_operand_dims:
             axes[dim] = walk.atoms.unite(operand.axes[dim], axis, why)
         else:
             walk.atoms.freeze(axis, why)

@@ -1,5 +1,8 @@
 """Primitives that only move indices around: reshape, transpose, concatenate, slice."""
 
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
+
 import math
 from collections.abc import Sequence
 
