@@ -13,7 +13,6 @@ from jax.extend import core as jex
 from jaxprune.check import align, axis_mask, slim_handle
 from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
-from jaxprune.graph.evaluate import has_loops
 from jaxprune.records import Plan
 from jaxprune.surgery import shrink
 
@@ -57,12 +56,6 @@ def masked_outputs(
         return array
 
     def before(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
-        operands = [
-            operand if new is None or not isinstance(atom, jex.Literal) else new
-            for operand, new, atom in zip(
-                operands, literals[site], eqn.invars, strict=True
-            )
-        ]
         neutral = _NEUTRAL.get(eqn.primitive.name)
         if neutral is not None:
             axes = graph.records[site].inputs[0].axes
@@ -81,10 +74,16 @@ def masked_outputs(
             silence(a, values[k].axes) if k < len(values) else a
             for k, a in enumerate(arguments)
         ]
-        return evaluate(graph.closed, arguments, before=before, after=after, loops=True)
+        return evaluate(
+            graph.closed,
+            arguments,
+            before=before,
+            after=after,
+            loops=True,
+            literals=literals,
+        )
 
-    stepped = has_loops(graph.closed)
-    return (run if stepped else jax.jit(run))(variables, inputs)
+    return jax.jit(run)(variables, inputs)
 
 
 def verify(

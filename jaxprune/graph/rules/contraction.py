@@ -53,9 +53,9 @@ def _attention_widths(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]) ->
             contracted, batch = (d[side] for d in eqn.params["dimension_numbers"])
             free = set(range(len(value.axes))) - {*contracted, *batch}
             axes = [value.axes[d] for d in free]
-            if len(axes) == 1 and width is not None and axes[0] is not None:
-                if axes[0].size == width.size:
-                    walk.atoms.unite(width, axes[0], "")
+            axis = axes[0] if len(axes) == 1 else None
+            if axis is not None and width is not None and axis.size == width.size:
+                walk.atoms.unite(width, axis, "")
         return
 
 
