@@ -1,11 +1,18 @@
-"""Typed arguments behind a config file's name: FILE:method=cpli,runlocal."""
+"""Config files: their typed arguments (FILE:method=cpli,runlocal) and their form."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from types import SimpleNamespace
+import typing
+from types import NoneType, SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxprune.errors import ConfigError
+from jaxprune.options import Options
 
 Value = bool | int | float | str
 
@@ -47,3 +54,27 @@ def parse_arguments(text: str | None, **defaults: Value) -> SimpleNamespace:
             )
         values[name] = _convert(name, value if equals else None, defaults[name])
     return SimpleNamespace(**values)
+
+
+def to_config(options: Options) -> ConfigDict:
+    """The options as the ConfigDict that a config file returns.
+
+    Every field is in it, so that each can be set on the command line; one that is
+    None keeps its type as a placeholder.
+    """
+    return _config(options)
+
+
+def _config(record: Any) -> ConfigDict:
+    config = ConfigDict()
+    hints = typing.get_type_hints(type(record))
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            config[field.name] = _config(value)
+        elif value is None:
+            kinds = set(typing.get_args(hints[field.name])) - {NoneType}
+            config[field.name] = placeholder(kinds.pop())
+        else:
+            config[field.name] = value
+    return config

@@ -28,6 +28,11 @@ from jaxprune.train.sharding import check_divisible, replicate
 from jaxprune.workdir import Workdir
 
 Progress = Callable[[str, int, int], None]
+# Fields of `options.Pruning` that `prune` takes by the same name, if they are set.
+_METHOD_OPTIONS = (
+    "entropy_threshold", "similarity_threshold", "round_to", "min_keep", "strategy",
+    "allocation", "mu", "feature_importance", "refit", "passes", "positions", "ridge",
+)  # fmt: skip
 STAGES = ("base", "prune", "finetune", "evaluate")
 
 
@@ -182,11 +187,15 @@ def _prune(setting: Setting) -> dict[str, Any]:
         calibration.examples, seed=setting.options.seed
     )
     measured = list(batches(examples, calibration.batch_size))
-    thresholds = {
+    given = {
         name: value
-        for name in ("entropy_threshold", "similarity_threshold")
+        for name in _METHOD_OPTIONS
         if (value := getattr(options, name)) is not None
     }
+    if given.get("positions") == 0:
+        given["positions"] = None  # all of them
+    if options.ignore is not None:
+        given["ignore"] = tuple(options.ignore.split(","))
     slim = jp.prune(
         setting.model,
         _base_variables(setting),
@@ -198,7 +207,7 @@ def _prune(setting: Setting) -> dict[str, Any]:
         finetune=_layer_finetune(setting),
         preset=options.preset or None,
         on_progress=setting.on_progress,
-        **thresholds,
+        **given,
     )
     if options.recalibrate:
         variables = recalibrate_batch_norm(slim.model, slim.variables, measured)

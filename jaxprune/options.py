@@ -49,11 +49,22 @@ class Pruning:
 
     Attributes:
       method: "cpli", "lasso", "importance_redundancy", or a criterion's name.
+      ignore: patterns of layers that keep all their channels, with commas between.
       macs: share of the MACs that remains.
       params: share of the parameters that remains.
       preset: "" or, for importance_redundancy, "seed".
       entropy_threshold: of importance_redundancy.
       similarity_threshold: of importance_redundancy.
+      round_to: widths are multiples of it (8 for tensor cores and vector units).
+      min_keep: channels that every group keeps at least.
+      strategy: of criteria, "uniform", "global" or "isomorphic".
+      allocation: of cpli and lasso, "sensitivity" or "uniform" widths.
+      mu: weight of the classification loss in cpli.
+      feature_importance: weigh features by what the next layer needs, in cpli.
+      refit: "none", "bias" or "lstsq".
+      passes: "sequential" or "single".
+      positions: samples an image and layer, 0 for all.
+      ridge: of the refit; None for the rule.
       layer_epochs: epochs of fine-tuning after each layer, 0 for none.
       recalibrate: measure BatchNorm statistics afresh on the pruned network.
     """
@@ -64,6 +75,17 @@ class Pruning:
     preset: str = ""
     entropy_threshold: float | None = None
     similarity_threshold: float | None = None
+    ignore: str | None = None
+    round_to: int | None = None
+    min_keep: int | None = None
+    strategy: str | None = None
+    allocation: str | None = None
+    mu: float | None = None
+    feature_importance: bool | None = None
+    refit: str | None = None
+    passes: str | None = None
+    positions: int | None = None
+    ridge: float | None = None
     layer_epochs: int = 0
     recalibrate: bool = False
 
@@ -162,6 +184,10 @@ def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
     return f"{low} or more", lambda value: value >= low
 
 
+def _one_of(*names: str) -> tuple[str, Callable[[str], bool]]:
+    return " or ".join(map(repr, names)), lambda value: value in names
+
+
 _FRACTION = "above 0 and at most 1", lambda value: 0 < value <= 1
 _SHARE = "from 0 to below 1", lambda value: 0 <= value < 1
 _POSITIVE = "above 0", lambda value: value > 0
@@ -198,6 +224,15 @@ _RANGES = {
     "prune.preset": ("'' or 'seed'", lambda value: value in ("", "seed")),
     "prune.entropy_threshold": _at_least(0),
     "prune.similarity_threshold": ("from 0 to 1", lambda value: 0 <= value <= 1),
+    "prune.round_to": _at_least(1),
+    "prune.min_keep": _at_least(1),
+    "prune.mu": _at_least(0),
+    "prune.positions": _at_least(0),
+    "prune.ridge": _at_least(0),
+    "prune.refit": _one_of("none", "bias", "lstsq"),
+    "prune.passes": _one_of("sequential", "single"),
+    "prune.strategy": _one_of("uniform", "global", "isomorphic"),
+    "prune.allocation": _one_of("uniform", "sensitivity"),
     "prune.layer_epochs": _at_least(0),
     **{f"train.{name}": rule for name, rule in _TRAINING.items()},
     **{f"finetune.{name}": rule for name, rule in _TRAINING.items()},
@@ -214,12 +249,13 @@ def range_problems(options: Options) -> list[str]:
     ]
     prune = options.prune
     redundancy = prune.method == "importance_redundancy"
-    if redundancy and (prune.macs is not None or prune.params is not None):
+    budgets = sum(value is not None for value in (prune.macs, prune.params))
+    if redundancy and prune.preset and budgets:
         problems.append(
             f"prune.macs={prune.macs}, prune.params={prune.params}: the thresholds of "
-            "importance_redundancy decide what remains; set both to None"
+            "the preset decide what remains; set both to None"
         )
-    if not redundancy and (prune.macs is None) == (prune.params is None):
+    if budgets > 1 or (not redundancy and budgets == 0):
         problems.append(
             f"prune.macs={prune.macs}, prune.params={prune.params}: give exactly one "
             f"of them for prune.method={prune.method!r}"
