@@ -3,21 +3,24 @@
 from jaxprune.budget import select
 from jaxprune.checkpoint import load, save
 from jaxprune.errors import PruneError
+from jaxprune.kept import KeptIndices, kept_indices
 from jaxprune.methods.scores import score
+from jaxprune.mirrors import shrink_like
 from jaxprune.pipeline import trace
 from jaxprune.pruning import methods, prune
 from jaxprune.records import Budget, Group, Plan, Slim, Slot
-from jaxprune.slicing import shrink_like
 from jaxprune.surgery import shrink
 from jaxprune.verify import verify
 
 __all__ = [
     "Budget",
     "Group",
+    "KeptIndices",
     "Plan",
     "PruneError",
     "Slim",
     "Slot",
+    "kept_indices",
     "load",
     "methods",
     "prune",

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxprune.errors import GraphError
 from jaxprune.frameworks import NnxHandle, handle_of
-from jaxprune.graph import ChannelGraph, build
+from jaxprune.graph import ChannelGraph, Outputs, build
 
 
 def trace(
@@ -18,6 +18,7 @@ def trace(
     apply: Callable[..., Any] | None = None,
     ignore: Sequence[str] = (),
     strict: bool = False,
+    outputs: Outputs = None,
 ) -> ChannelGraph:
     """The channel graph of a model, traced abstractly: nothing of it is run.
 
@@ -35,6 +36,9 @@ def trace(
       ignore: name patterns of layers that keep all their channels.
       strict: raise at an operation without a rule, instead of freezing what it
         touches.
+      outputs: which outputs keep their shapes where a model returns several: name
+        patterns ("logits"), or a function that picks from what the model returns;
+        all of them by default. The others shrink with what they show.
 
     Raises:
       GraphError: the model does not run on these variables and inputs.
@@ -44,7 +48,9 @@ def trace(
         variables, x = handle.variables, variables
     inputs = x if isinstance(x, tuple) else (x,)
     try:
-        return build(handle, variables, inputs, ignore=ignore, strict=strict)
+        return build(
+            handle, variables, inputs, ignore=ignore, strict=strict, outputs=outputs
+        )
     except GraphError:
         raise
     except Exception as error:

@@ -105,25 +105,3 @@ def mask_variables(
         shape[axis] = leaf.shape[axis]
         leaves[path] = leaf * jnp.asarray(masks[path, axis], leaf.dtype).reshape(shape)
     return trees.unflatten_like(variables, leaves)
-
-
-def shrink_like(graph: ChannelGraph, plan: Plan | Mapping[str, Any], tree: Any) -> Any:
-    """A tree that mirrors the variables (momentum, Adam moments, an EMA), sliced.
-
-    A leaf mirrors a variable if its path ends with the variable's path (with or
-    without its collection; the state of an nnx.Optimizer counts too) and the shapes
-    are equal; other leaves are kept.
-    """
-    keep, traced = keep_indices(graph, plan), trees.flatten(graph.variables)
-    full_name = {graph.handle.mirror_name(path): path for path in traced}
-    full_name.update({path: path for path in traced})
-    result = {}
-    for path, leaf in trees.flatten(tree).items():
-        name = path.removesuffix("/value")  # how JAX names what an nnx.Variable holds
-        while name and name not in full_name:
-            name = name.partition("/")[2]
-        variable = full_name.get(name)
-        if variable and getattr(leaf, "shape", None) == traced[variable].shape:
-            leaf = take(leaf, keep.get(variable, {}))
-        result[path] = leaf
-    return trees.unflatten_like(tree, result)

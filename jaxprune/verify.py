@@ -12,6 +12,7 @@ from jax.extend import core as jex
 
 from jaxprune.check import align, axis_mask, slim_handle
 from jaxprune.errors import EmissionError
+from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.records import Plan
 from jaxprune.surgery import shrink
@@ -32,17 +33,20 @@ def masked_outputs(
     plan: Plan | Mapping[str, Any],
     variables: Any,
     inputs: Any,
+    *,
+    replay: bool = False,
 ) -> list[jax.Array]:
     """Flat outputs of the ORIGINAL program with removed channels silenced throughout.
 
     The original jaxpr runs at full size; after every equation the removed indices of
     its results are set to zero (to the neutral element before a maximum, minimum or
     product). Normalisations run over kept channels only: the size constants in them
-    (scalar literals) are read from the aligned slim program.
+    (scalar literals) are read from the aligned slim program, or are those of a replay.
     """
     plan = graph.complete(plan)
     graph = graph.retrace(inputs)
-    mask, literals = graph.unit_mask(plan), align(graph, plan)
+    mask = graph.unit_mask(plan)
+    literals = size_literals(graph, plan, inputs) if replay else align(graph, plan)
 
     def silence(array: Any, axes: Any, value: Any = 0) -> Any:
         for dim, axis in enumerate(axes):
@@ -92,15 +96,19 @@ def verify(
     x: Any,
     *,
     variables: Any = None,
+    replay: bool = False,
     tolerance: float = 1e-4,
 ) -> float:
     """max |masked original - slim| over the outputs, on the inputs x.
+
+    Outputs that `trace(outputs=...)` let shrink are compared where they are kept.
 
     Args:
       graph: from `trace`, with real arrays (or pass `variables`).
       plan: what is kept.
       x: an input array, or a tuple of the model's inputs, of any batch size.
       variables: full-size arrays to prove the plan with; by default those traced.
+      replay: as for `shrink`.
       tolerance: largest error allowed, relative to the largest output (at least 1).
 
     Raises:
@@ -108,15 +116,19 @@ def verify(
     """
     source = graph.variables if variables is None else variables
     inputs = x if isinstance(x, tuple) else (x,)
-    slim = shrink(graph, plan, source)
-    expected = masked_outputs(graph, slim.plan, source, inputs)
-    handle = slim_handle(graph, slim.plan, slim.variables)
-    found = jax.tree.leaves(jax.jit(lambda v, i: handle(v, *i))(slim.variables, inputs))
-    worst, scale = 0.0, 1.0
-    for a, b in zip(expected, found, strict=True):
-        difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
-        worst = max(worst, float(difference.max(initial=0.0)))
-        scale = max(scale, float(np.abs(np.asarray(a)).max(initial=0.0)))
+    slim = shrink(graph, plan, source, replay=replay)
+    graph = graph.retrace(inputs)
+    expected = masked_outputs(graph, slim.plan, source, inputs, replay=replay)
+    call = slim.model if replay else slim_handle(graph, slim.plan, slim.variables)
+    found = jax.tree.leaves(jax.jit(lambda v, i: call(v, *i))(slim.variables, inputs))
+    mask, worst, scale = graph.unit_mask(slim.plan), 0.0, 1.0
+    for value, full, small in zip(graph.results, expected, found, strict=True):
+        a, b = np.asarray(full, np.float64), np.asarray(small, np.float64)
+        for dim, axis in enumerate(value.axes):
+            if axis is not None:
+                a = np.compress(axis_mask(graph, mask, axis), a, dim)
+        worst = max(worst, _difference(a, b))
+        scale = max(scale, float(np.abs(a[np.isfinite(a)]).max(initial=0.0)))
     if not worst <= tolerance * scale:
         raise EmissionError(
             f"the slim model differs from the masked original by {worst:.3g} where "
@@ -124,3 +136,11 @@ def verify(
             "this model and plan: they show a defect"
         )
     return worst
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """max |a - b|; equal infinities agree, a NaN agrees with nothing but a NaN."""
+    alike = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(alike, 0.0, np.abs(a - b))
+    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))

@@ -1,12 +1,13 @@
 """The channel graph: which slices of which arrays form a channel."""
 
 from jaxprune.graph.evaluate import evaluate, tree_arguments
-from jaxprune.graph.graph import ChannelGraph, Frozen, build
+from jaxprune.graph.graph import ChannelGraph, Frozen, Outputs, build
 from jaxprune.graph.interpret import Record, Site, Value
 
 __all__ = [
     "ChannelGraph",
     "Frozen",
+    "Outputs",
     "Record",
     "Site",
     "Value",

@@ -135,14 +135,13 @@ class Channels:
 
 
 def build(
-    atoms: Atoms,
     classes: Classes,
     values: Mapping[str, Value],
-    records: Sequence[Record],
-    leaves: Leaves,
+    role_of: Mapping[Place, Role],
+    first_use: Mapping[Place, int],
 ) -> Channels:
     """Groups of channels with the same slots and the same part in each reshape."""
-    role_of, first_use = roles(atoms, records, leaves)
+    late = max(first_use.values(), default=0) + 1
     needs = {
         (path, dim): classes.needs(axis)
         for path, value in values.items()
@@ -162,11 +161,11 @@ def build(
         if len(units) < 2:
             continue
         slots = _slots(table, [rows for _, rows in units], places, role_of)
-        slots.sort(key=lambda s: first_use.get((s.path, s.axis), len(records)))
+        slots.sort(key=lambda s: first_use.get((s.path, s.axis), late))
         lead = next((s for s in slots if s.role == "producer"), slots[0])
         order = np.argsort(lead.index[:, 0], kind="stable")
         slots = tuple(Slot(s.path, s.axis, s.index[order], s.role) for s in slots)
-        start = min(first_use.get((s.path, s.axis), len(records)) for s in slots)
+        start = min(first_use.get((s.path, s.axis), late) for s in slots)
         labels = np.array([label for label, _ in units], np.int64)[order]
         found.append((start, lead, slots, labels))
     found.sort(key=lambda item: (item[0], item[1].path, item[1].axis))

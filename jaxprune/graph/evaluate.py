@@ -16,6 +16,7 @@ from jaxprune.graph.rules.control import inner_jaxpr
 # before(site, eqn, operands) -> operands; after(site, eqn, operands, results) -> results
 Before = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
 After = Callable[[Site, jex.JaxprEqn, list[Any], list[Any]], list[Any]]
+Execute = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
 
 CALLS = frozenset(
     [
@@ -44,7 +45,9 @@ def evaluate(
     *,
     before: Before | None = None,
     after: After | None = None,
+    execute: Execute | None = None,
     loops: bool = False,
+    remat: bool = False,
     literals: Mapping[Site, Sequence[Any]] | None = None,
     site: Site = (),
 ) -> list[Any]:
@@ -53,13 +56,22 @@ def evaluate(
     Args:
       arguments: flat, as the jaxpr takes them.
       before, after: see the types above; called at every equation but the calls.
+      execute: what runs an equation instead of `bind`.
       loops: also go into scan, while and cond, which are traced anew around the
         hooks; otherwise they run as they are.
+      remat: keep rematerialised calls as such; hooks must not keep arrays then.
       literals: by site, what replaces the literal operands (None leaves one as is).
       site: prefix of the sites that the hooks see.
     """
     environment: dict[Any, Any] = {}
-    options = {"before": before, "after": after, "loops": loops, "literals": literals}
+    options = {
+        "before": before,
+        "after": after,
+        "execute": execute,
+        "loops": loops,
+        "remat": remat,
+        "literals": literals,
+    }
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else environment[atom]
@@ -76,30 +88,52 @@ def evaluate(
                 for held, new in zip(operands, literals[here], strict=True)
             ]
         name = eqn.primitive.name
-        if name in CALLS:
+        if remat and name in _REMATS:
+            results = _remat(eqn, operands, here, options)
+        elif name in CALLS:
             results = evaluate(inner_jaxpr(eqn), operands, site=here, **options)
         elif loops and name in _LOOPS:
             results = _LOOPS[name](eqn, operands, here, options)
         else:
             if before:
                 operands = before(here, eqn, operands)
-            results = bind(eqn, operands)
+            if execute:
+                results = execute(here, eqn, operands)
+            else:
+                results = bind(eqn, operands)
             if after:
                 results = after(here, eqn, operands, results)
         environment.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def bind(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Results of one equation, convolutions by this device's fastest way."""
+def bind(
+    eqn: jex.JaxprEqn, operands: Sequence[Any], params: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """Results of one equation, convolutions by this device's fastest way.
+
+    params: those to use instead of the equation's own.
+    """
+    given = eqn.params if params is None else params
     if eqn.primitive.name == "conv_general_dilated":
-        params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
+        params = {k: v for k, v in given.items() if k != "out_sharding"}
         return [conv.conv_general_dilated(*operands, **params)]
     # JAX changed the form of bind parameters: a mapping, before that a pair.
-    found = eqn.primitive.get_bind_params(eqn.params)
+    found = eqn.primitive.get_bind_params(dict(given))
     functions, params = found if isinstance(found, tuple) else ((), found)
     results = eqn.primitive.bind(*functions, *operands, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+_REMATS = frozenset(["remat", "remat2", "checkpoint"])
+
+
+def _remat(eqn, operands, site, options) -> list[Any]:
+    def run(*arguments):
+        return evaluate(inner_jaxpr(eqn), arguments, site=site, **options)
+
+    policy, prevent_cse = eqn.params.get("policy"), eqn.params.get("prevent_cse", True)
+    return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)(*operands)
 
 
 def _scan(eqn, operands, site, options) -> list[Any]:

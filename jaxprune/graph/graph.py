@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,9 @@ from jaxprune.graph.describe import describe, explain
 from jaxprune.graph.interpret import Record, Site, Value, Walk
 from jaxprune.graph.rules import RULES
 from jaxprune.records import Group, Plan
+
+# Which outputs stay as they are: name patterns, or a function that picks from them.
+Outputs = str | Sequence[str] | Callable[[Any], Any] | None
 
 OUTPUT = "it is an output of the model"
 UNUSED = "the forward pass does not read it"
@@ -51,6 +54,8 @@ class ChannelGraph:
       closed: the jaxpr of the forward pass: leaves of the variables, then inputs.
       records: one per equation and call site, in the order of execution.
       leaves: node vectors of the variables, by name.
+      results: what the walk knew of each output, flat.
+      outputs: as given to `trace`, the outputs that keep their shapes.
       ignore: the patterns that were given to `trace`.
       notes: what the handle noted while it was traced.
     """
@@ -66,6 +71,8 @@ class ChannelGraph:
     channels: channels_lib.Channels
     classes: Classes
     leaves: Mapping[str, Value]
+    results: tuple[Value, ...] = ()
+    outputs: Outputs = None
     ignore: tuple[str, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
@@ -143,7 +150,13 @@ class ChannelGraph:
         structs = tuple(jax.tree.map(_struct, tuple(inputs)))
         if structs == self.inputs:
             return self
-        found = build(self.handle, self.variables, inputs, ignore=self.ignore)
+        found = build(
+            self.handle,
+            self.variables,
+            inputs,
+            ignore=self.ignore,
+            outputs=self.outputs,
+        )
         sizes = [{g.name: g.size for g in graph.groups} for graph in (self, found)]
         if sizes[0] != sizes[1]:
             raise GraphError(
@@ -217,6 +230,7 @@ def build(
     *,
     ignore: Sequence[str] = (),
     strict: bool = False,
+    outputs: Outputs = None,
 ) -> ChannelGraph:
     """The channel graph of `handle(variables, *inputs)`, traced without running it.
 
@@ -226,12 +240,16 @@ def build(
       inputs: example inputs; only shapes and dtypes are read.
       ignore: name patterns of groups or leaves that must keep every channel.
       strict: raise at the first operation without a rule instead of freezing.
+      outputs: the outputs that keep their shapes: name patterns, or a function that
+        picks them from what the model returns; all of them by default.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     structs = jax.tree.map(_struct, (variables, tuple(inputs)))
     notes: dict[str, int] = {}
     with plain_convolutions():
-        closed = jax.make_jaxpr(lambda v, i: handle.trace(notes, v, *i))(*structs)
+        closed, returned = jax.make_jaxpr(
+            lambda v, i: handle.trace(notes, v, *i), return_shape=True
+        )(*structs)
     names = list(trees.flatten(structs[0]))
     atoms = Atoms()
     walk = Walk(atoms, RULES)
@@ -243,11 +261,14 @@ def build(
     owners = channels_lib.Leaves.of(values, atoms.count)
     others = jax.tree_util.tree_leaves(structs[1])
     given = [Value((None,) * len(leaf.shape)) for leaf in others]
-    outputs = walk.closed(closed, [*values.values(), *given])
-    for value in outputs:
-        walk.pin(value.axes, OUTPUT)
+    results = walk.closed(closed, [*values.values(), *given])
+    for value, fixed in zip(results, _fixed(returned, outputs), strict=True):
+        if fixed:
+            walk.pin(value.axes, OUTPUT)
     _pin_unused(walk, closed, values)
-    _pin_ignored(walk, values, ignore)
+    records = dict(sorted(walk.records.items()))
+    roles = channels_lib.roles(atoms, list(records.values()), owners)
+    _pin_ignored(walk, values, ignore, roles[0])
     if strict and walk.unknown:
         name, where = next(iter(walk.unknown.items()))
         raise GraphError(
@@ -255,10 +276,7 @@ def build(
             "be pruned; trace without strict=True to freeze it"
         )
     classes = atoms.solve()
-    records = dict(sorted(walk.records.items()))
-    channels = channels_lib.build(
-        atoms, classes, values, list(records.values()), owners
-    )
+    channels = channels_lib.build(classes, values, *roles)
     return ChannelGraph(
         groups=channels.groups,
         frozen=_frozen(atoms, classes, values, channels),
@@ -271,6 +289,8 @@ def build(
         channels=channels,
         classes=classes,
         leaves=values,
+        results=tuple(results),
+        outputs=outputs,
         ignore=ignore,
         notes=notes,
     )
@@ -293,10 +313,42 @@ def _pin_unused(
             walk.pin(value.axes, UNUSED)
 
 
+def _fixed(returned: Any, outputs: Outputs) -> list[bool]:
+    """Per flat output, whether it keeps its shape."""
+    paths = list(trees.flatten(returned))
+    if outputs is None:
+        return [True] * len(paths)
+    if callable(outputs):
+        numbered = jax.tree.unflatten(jax.tree.structure(returned), range(len(paths)))
+        picked = set(jax.tree.leaves(outputs(numbered)))
+        return [number in picked for number in range(len(paths))]
+    patterns = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    fixed = [False] * len(paths)
+    for pattern in patterns:
+        hits = [
+            fnmatch.fnmatchcase(path, pattern)
+            or fnmatch.fnmatchcase(path, f"{pattern}/*")
+            for path in paths
+        ]
+        if not any(hits):
+            raise GraphError(
+                f"outputs={pattern!r} matches none of the model's outputs; they are "
+                f"named {paths[:6]}"
+            )
+        fixed = [a or b for a, b in zip(fixed, hits, strict=True)]
+    return fixed
+
+
 def _pin_ignored(
-    walk: Walk, values: Mapping[str, Value], ignore: Sequence[str]
+    walk: Walk,
+    values: Mapping[str, Value],
+    ignore: Sequence[str],
+    role_of: Mapping[tuple[str, int], Any],
 ) -> None:
-    """Freezes what the patterns name: a leaf, or any part of a path."""
+    """Freezes what the patterns name: a leaf, or any part of a path.
+
+    What a layer makes stays whole; what it reads may shrink.
+    """
     for pattern in ignore:
         hits = [
             path
@@ -311,9 +363,9 @@ def _pin_ignored(
                 f"{list(values)[:3]}"
             )
         for path in hits:
-            # The output channels: what a layer makes, not what it reads.
-            axes = values[path].axes
-            walk.pin(axes[-1:], f"ignore={pattern!r}")
+            for dim, axis in enumerate(values[path].axes):
+                if role_of.get((path, dim)) != "consumer":
+                    walk.pin([axis], f"ignore={pattern!r}")
 
 
 def _frozen(
