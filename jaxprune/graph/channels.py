@@ -153,7 +153,7 @@ def build(
     table = np.concatenate([e for e in entries if e.size] or [np.zeros((0, 3), int)])
     table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
     members = defaultdict(list)
-    for label, (rows, signature) in _signatures(table, classes, len(places)).items():
+    for label, (rows, signature) in _signatures(table, classes).items():
         members[signature].append((label, rows))
     unit_of = np.full(int(classes.label.max(initial=-1)) + 1, -1, np.int64)
     found = []
@@ -189,7 +189,7 @@ def _entries(number: int, needs: np.ndarray) -> np.ndarray:
     return np.stack([label, np.full(label.size, number), index], axis=1)
 
 
-def _signatures(table: np.ndarray, classes: Classes, places: int):
+def _signatures(table: np.ndarray, classes: Classes):
     """{class: ((first row, last row), signature)}: places with counts, and factors."""
     parts = defaultdict(set)
     node, first, second, _, block = classes.products
@@ -204,10 +204,9 @@ def _signatures(table: np.ndarray, classes: Classes, places: int):
     stops = np.append(starts[1:], len(table))
     found = {}
     for label, start, stop in zip(labels, starts, stops, strict=True):
-        counts = np.bincount(table[start:stop, 1], minlength=places)
-        used = np.flatnonzero(counts)
         tags = tuple(sorted(parts[int(label)])) if int(label) in parts else ()
-        signature = (used.tobytes(), counts[used].tobytes(), tags)
+        # Sorted by place, each as often as the channel has indices there.
+        signature = (table[start:stop, 1].tobytes(), tags)
         found[int(label)] = ((int(start), int(stop)), signature)
     return found
 

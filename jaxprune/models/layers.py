@@ -55,14 +55,17 @@ def width_of(variables: Mapping[str, Any], path: str, axis: int = -1) -> int:
     Raises:
       GraphError: there is no such leaf.
     """
-    leaves = flatten(variables)
-    if path not in leaves:
+    leaf: Any = variables
+    for part in path.split("/"):
+        leaf = leaf.get(part) if isinstance(leaf, Mapping) else None
+    if leaf is None:
         raise GraphError(
-            f"the variables have no leaf {path!r}; they hold {list(leaves)[:5]} ...; "
+            f"the variables have no leaf {path!r}; they hold "
+            f"{list(flatten(variables))[:5]} ...; "
             'pass the whole tree, {"params": ..., "batch_stats": ...}, of a model of '
             "this architecture and depth"
         )
-    return int(leaves[path].shape[axis])
+    return int(leaf.shape[axis])
 
 
 def scale_width(width: int, by: float) -> int:
