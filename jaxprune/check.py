@@ -8,7 +8,7 @@ is found before anyone runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,11 +35,18 @@ def slim_handle(graph: ChannelGraph, plan: Plan, small: Any) -> Any:
         ) from error
 
 
-def follow(graph: ChannelGraph, plan: Plan) -> tuple[Plan, dict[str, str]]:
+def follow(
+    graph: ChannelGraph,
+    plan: Plan,
+    check: Callable[[ChannelGraph, Plan], Any] | None = None,
+) -> tuple[Plan, dict[str, str]]:
     """The plan without the groups that the model cannot follow, and why they stay.
 
     Bisects over the groups that lose channels, so that the good ones are pruned.
+    `check` raises EmissionError for a plan that cannot be followed; by default it is
+    `align`.
     """
+    check = check or align
     changed = [n for n, kept in plan.items() if kept.size < plan.sizes[n]]
     reasons: dict[str, str] = {}
 
@@ -50,7 +57,7 @@ def follow(graph: ChannelGraph, plan: Plan) -> tuple[Plan, dict[str, str]]:
         if not candidates:
             return good
         try:
-            align(graph, restricted(good + candidates))
+            check(graph, restricted(good + candidates))
         except EmissionError as error:
             if len(candidates) == 1:
                 reasons[candidates[0]] = str(error)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxprune.check import follow, slim_handle
+from jaxprune.frameworks.replay import check_replay
+from jaxprune.frameworks.replay import replay as replayed
 from jaxprune.graph import ChannelGraph
 from jaxprune.records import Plan, Slim
 from jaxprune.slicing import slice_variables
@@ -15,6 +17,8 @@ def shrink(
     graph: ChannelGraph,
     plan: Plan | Mapping[str, Any],
     variables: Any = None,
+    *,
+    replay: bool = False,
 ) -> Slim:
     """The smaller model: same architecture, sliced arrays of every collection.
 
@@ -26,19 +30,25 @@ def shrink(
       graph: from `trace`.
       plan: what is kept; groups it leaves out are kept whole.
       variables: arrays to slice (refitted ones, say); by default those traced.
+      replay: for models whose source states widths: `slim.model` becomes a function
+        (variables, *inputs) -> outputs that evaluates the original's program at the
+        new sizes (`jaxprune.frameworks.replay`), so that those groups shrink too.
 
     Raises:
       PlanError: the plan does not fit the graph.
       GraphError: the variables are not those that were traced.
     """
-    plan, left = follow(graph, graph.complete(plan))
+    plan, left = follow(graph, graph.complete(plan), check_replay if replay else None)
     source = graph.variables if variables is None else variables
     small = slice_variables(graph, plan, source)
-    handle = slim_handle(graph, plan, small)
+    if replay:
+        model, settings = replayed(graph, plan), ()
+    else:
+        model = slim_handle(graph, plan, small).model
+        settings = graph.handle.settings(graph.notes, graph.place_masks(plan))
     groups = [
         {"name": g.name, "size": g.size, "kept": len(plan[g.name])}
         for g in graph.groups
     ]
-    settings = graph.handle.settings(graph.notes, graph.place_masks(plan))
     report = {"groups": groups, "settings": settings, "left_whole": left}
-    return Slim(handle.model, small, plan, report)
+    return Slim(model, small, plan, report)
