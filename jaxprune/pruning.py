@@ -23,9 +23,10 @@ from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
 from jaxprune.methods.ranking import follow_plan
 from jaxprune.methods.reconstruct import Progress, Reconstruction
 from jaxprune.methods.scores import score
+from jaxprune.methods.sensitivity import sensitive_counts
 from jaxprune.pipeline import trace
 from jaxprune.records import Budget, Group, Plan, Slim
-from jaxprune.selection import uniform_counts
+from jaxprune.selection import allocate, uniform_counts
 from jaxprune.surgery import shrink
 from jaxprune.verify import verify as prove
 
@@ -33,7 +34,8 @@ Finetune = Callable[[Any, Any], Any]
 LAYERWISE = ("cpli", "lasso", "importance_redundancy")
 PROOF_EXAMPLES = 8
 SELECTION = (
-    "strategy", "normalize", "round_to", "min_keep", "min_ratio", "overrides"
+    "strategy", "normalize", "allocation", "round_to", "min_keep", "min_ratio",
+    "overrides",
 )  # fmt: skip
 
 
@@ -82,8 +84,8 @@ def prune(
       seed: of everything random.
       verify: prove the slim model equal to the masked original.
       on_progress: (stage, done, total).
-      **options: of the selection (strategy, normalize, round_to, min_keep, min_ratio,
-        overrides), and of the method: see `jaxprune.methods`, for instance mu,
+      **options: of the selection (strategy and normalize for criteria, allocation for
+        cpli and lasso, round_to, min_keep, min_ratio, overrides), and of the method: see `jaxprune.methods`, for instance mu,
         feature_importance, refit, passes, positions, ridge.
 
     Raises:
@@ -109,7 +111,10 @@ def prune(
             "no group of channels can be pruned; print(jaxprune.trace(...)) says why:\n"
             f"{graph}"
         )
-    run = _Run(method, data, loss_fn or cross_entropy, asked, seed, chosen, selection)
+    loss_fn = loss_fn or cross_entropy
+    run = _Run(
+        method, data, loss_fn, asked, seed, chosen, selection, on_progress=on_progress
+    )
     if finetune is None:
         found = run(graph, graph.variables, groups, on_progress=on_progress)
         slim = shrink(graph, found.plan, found.variables)
@@ -187,9 +192,11 @@ class _Run:
         seed: int,
         options: Mapping[str, Any],
         selection: Mapping[str, Any],
+        on_progress: Progress | None,
     ):
         self.method, self.data, self.loss_fn, self.asked = method, data, loss_fn, asked
         self.seed, self.options, self.selection = seed, options, selection
+        self.on_progress = on_progress
 
     def asked_record(self) -> dict[str, Any]:
         """The budget and, for importance_redundancy, the thresholds; JSON-ready."""
@@ -208,10 +215,7 @@ class _Run:
             return None
         bound = budgets.constraint(graph, self.asked, groups)
         if self.method in LAYERWISE:
-            options = {
-                k: v for k, v in self.selection.items() if k not in SELECTION[:2]
-            }
-            counts = uniform_counts(groups, bound.cost_fn, bound.limit, **options)
+            counts = self.counts(graph, groups, bound)
             return graph.complete({n: np.arange(k) for n, k in counts.items()})
         scores = score(
             graph,
@@ -223,6 +227,39 @@ class _Run:
         )
         budget = {self.asked.kind: self.asked.value}
         return budgets.select(graph, scores, groups=groups, **budget, **self.selection)
+
+    def counts(
+        self,
+        graph: ChannelGraph,
+        groups: Sequence[Group],
+        bound: budgets.Constraint,
+    ) -> dict[str, int]:
+        """Channels to keep: equal shares, or by what each group loses under refit."""
+        limits = {k: v for k, v in self.selection.items() if k not in SELECTION[:3]}
+        uniform = uniform_counts(groups, bound.cost_fn, bound.limit, **limits)
+        how = self.selection.get("allocation", "sensitivity")
+        if how not in ("sensitivity", "uniform"):
+            raise ConfigError(
+                f"allocation must be 'sensitivity' or 'uniform'; found {how!r}"
+            )
+        if self.method == "importance_redundancy" or how == "uniform":
+            return uniform
+        options = {k: v for k, v in self.options.items() if k != "passes"}
+        return sensitive_counts(
+            graph,
+            graph.variables,
+            self.data,
+            uniform,
+            lambda curves: allocate(
+                groups, curves, bound.cost_fn, bound.limit, **limits
+            ),
+            groups=groups,
+            fallback=score(graph, graph.variables, "l2"),
+            loss_fn=self.loss_fn,
+            seed=self.seed,
+            on_progress=self.on_progress,
+            **options,
+        )
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ own count, will not keep.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +73,51 @@ def cpli(
       The other options are those of `reconstruct`.
     """
     taps = find_taps(graph)
+    choose = chooser(
+        graph, taps, variables, calibration, counts, fallback, loss_fn,
+        mu=mu, feature_importance=feature_importance, loss_term=loss_term,
+        nonnegative=nonnegative,
+    )  # fmt: skip
+
+    def choose_group(group: Group, terms: Sequence[Term], current: Any) -> Choice:
+        del current
+        return Choice(choose(group, terms, counts[group.name]))
+
+    return reconstruct(
+        graph,
+        variables,
+        calibration,
+        taps,
+        choose_group,
+        groups=groups,
+        refit=refit,
+        passes=passes,
+        positions=positions,
+        ridge=ridge,
+        seed=seed,
+        on_progress=on_progress,
+    )
+
+
+# (group, measured consumers, how many stay) -> kept indices
+Chooser = Callable[[Group, Sequence[Term], int], np.ndarray]
+
+
+def chooser(
+    graph: ChannelGraph,
+    taps: Sequence[Tap],
+    variables: Any,
+    calibration: Calibration,
+    counts: Mapping[str, int],
+    fallback: Mapping[str, np.ndarray],
+    loss_fn: LossFn,
+    *,
+    mu: float,
+    feature_importance: bool,
+    loss_term: LossTerm,
+    nonnegative: bool,
+) -> Chooser:
+    """The selection of one group at any count; measures the loss term once."""
     gates: dict[str, np.ndarray] = {}
     if mu > 0 or feature_importance:
         gates = gate_gradients(graph, taps, variables, calibration, loss_fn)
@@ -81,18 +126,16 @@ def cpli(
         for name, found in gates.items()
     }
 
-    def choose(group: Group, terms: Sequence[Term], current: Any) -> Choice:
-        del current
-        keep = counts[group.name]
+    def choose(group: Group, terms: Sequence[Term], keep: int) -> np.ndarray:
         if keep >= group.size:
-            return Choice(np.arange(group.size))
+            return np.arange(group.size)
         if not terms:
-            return Choice(top(fallback[group.name], keep))
+            return top(fallback[group.name], keep)
         weights = [
             output_weight(graph, term.tap, loss, counts) if feature_importance else None
             for term in terms
         ]
-        selection = cpli_select(
+        return cpli_select(
             [
                 (term.moments, term.kernel, term.row_channel, weight)
                 for term, weight in zip(terms, weights, strict=True)
@@ -102,23 +145,9 @@ def cpli(
             mu=mu,
             nonnegative=nonnegative,
             centred=all(term.tap.intercept is not None for term in terms),
-        )
-        return Choice(selection.kept)
+        ).kept
 
-    return reconstruct(
-        graph,
-        variables,
-        calibration,
-        taps,
-        choose,
-        groups=groups,
-        refit=refit,
-        passes=passes,
-        positions=positions,
-        ridge=ridge,
-        seed=seed,
-        on_progress=on_progress,
-    )
+    return choose
 
 
 def top(scores: np.ndarray, keep: int) -> np.ndarray:

@@ -125,24 +125,12 @@ def reconstruct(
                 positions=positions, seed=seed + number,
             )  # fmt: skip
         leaves = trees.flatten(current)
-        terms = [
-            Term(
-                uses[0],
-                measured[path],
-                uses[0].matrix(leaves[path]),
-                uses[0].row_channels(group),
-            )
-            for path, uses in by_kernel(mine).items()
-        ]
+        terms = measured_terms(group, mine, measured, leaves)
         choice = choose(group, terms, current)
         keep[group.name] = np.sort(choice.kept)
         plan = graph.complete(keep)
         mask = graph.unit_mask(plan)
-        changed = {}
-        for term in terms:
-            changed.update(
-                _refitted(term, choice, leaves | changed, mask, refit, ridge, residuals)
-            )
+        changed = refit_consumers(terms, choice, leaves, mask, refit, ridge, residuals)
         current = mask_variables(graph, plan, trees.replace(current, changed))
         if on_progress is not None:
             on_progress("prune", number + 1, len(groups))
@@ -159,6 +147,41 @@ def _check_options(refit: str, passes: str) -> None:
 def group_taps(taps: Sequence[Tap], group: Group) -> list[Tap]:
     """The taps that read channels of the group."""
     return [tap for tap in taps if np.isin(tap.row_needs, group.units).any()]
+
+
+def measured_terms(
+    group: Group,
+    taps: Sequence[Tap],
+    measured: Mapping[str, Moments],
+    leaves: Mapping[str, Any],
+) -> list[Term]:
+    """The group's consumers, one a kernel, with their moments and weights."""
+    return [
+        Term(
+            uses[0],
+            measured[path],
+            uses[0].matrix(leaves[path]),
+            uses[0].row_channels(group),
+        )
+        for path, uses in by_kernel(taps).items()
+    ]
+
+
+def refit_consumers(
+    terms: Sequence[Term],
+    choice: Choice,
+    leaves: Mapping[str, Any],
+    mask: np.ndarray,
+    refit: Refit,
+    ridge: float | None,
+    residuals: dict[str, float],
+) -> dict[str, Any]:
+    """New leaves of all consumers; `residuals` is filled by kernel path."""
+    changed: dict[str, Any] = {}
+    for term in terms:
+        now = {**leaves, **changed}
+        changed.update(_refitted(term, choice, now, mask, refit, ridge, residuals))
+    return changed
 
 
 def _refitted(
