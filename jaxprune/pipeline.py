@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxprune import trees
 from jaxprune.errors import GraphError
 from jaxprune.frameworks import NnxHandle, handle_of
 from jaxprune.graph import ChannelGraph, Outputs, build
@@ -47,6 +48,7 @@ def trace(
     if isinstance(handle, NnxHandle) and x is None:
         variables, x = handle.variables, variables
     inputs = x if isinstance(x, tuple) else (x,)
+    _only_arrays(variables)
     try:
         return build(
             handle, variables, inputs, ignore=ignore, strict=strict, outputs=outputs
@@ -58,3 +60,13 @@ def trace(
             f"{type(model).__name__} does not run on these variables and inputs: "
             f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _only_arrays(variables: Any) -> None:
+    for path, leaf in trees.flatten(variables).items():
+        number = isinstance(leaf, bool | int | float | complex)
+        if not (number or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))):
+            raise GraphError(
+                f"{path} is no array but a {type(leaf).__name__}; pass a tree of arrays "
+                "alone and let the function hold the rest (Equinox: eqx.partition)"
+            )

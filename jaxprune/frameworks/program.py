@@ -197,7 +197,7 @@ def _follow_sum(
 ) -> None:
     eqn = record.eqn
     if record.name == "reduce_sum":
-        shape, left = eqn.invars[0].aval.shape, None
+        shape = eqn.invars[0].aval.shape
         left = program.shape(record.inputs[0], shape)
         axes = eqn.params["axes"]
         terms[eqn.outvars[0]] = (
@@ -205,7 +205,7 @@ def _follow_sum(
             math.prod(left[axis] for axis in axes),
         )
         return
-    source = None if isinstance(eqn.invars[0], jex.Literal) else eqn.invars[0]
+    source = next((a for a in eqn.invars[:1] if not isinstance(a, jex.Literal)), None)
     if source not in terms:
         return
     if record.name in ("convert_element_type", "broadcast_in_dim", "reshape"):

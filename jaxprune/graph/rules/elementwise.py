@@ -130,6 +130,16 @@ def window(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     return [tuple(axes) for _ in eqn.outvars]
 
 
+def bitcast(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Element-wise between types of one width; else the last axis holds the parts."""
+    axes, shape = list(values[0].axes), eqn.outvars[0].aval.shape
+    if len(axes) > len(shape):
+        walk.atoms.freeze(axes.pop(), f"bitcast at {walk.where} joins this axis")
+    elif len(axes) < len(shape):
+        axes.append(None)
+    return [tuple(axes)]
+
+
 def random_bits(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """Noise adopts the channels of what it is added to or multiplied with."""
     del values
@@ -150,6 +160,7 @@ RULES = {
     "sort": ordering,
     "top_k": ordering,
     "approx_top_k": ordering,
+    "bitcast_convert_type": bitcast,
     "random_bits": random_bits,
     "random_seed": untracked,
     "random_wrap": untracked,
