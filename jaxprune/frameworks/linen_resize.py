@@ -3,7 +3,8 @@
 The only place that reaches into Flax. Layers of flax.linen state their widths as
 attributes (`features`, `num_heads`), set by the source that calls them; when such a
 layer is about to run, an interceptor sets those attributes to what the sliced arrays
-have. `Resized` wraps the user's module, shares its scope (so variable paths stay the
+have; parameters and variables that a module makes itself get their sliced shapes,
+whatever shape its source states. `Resized` wraps the user's module, shares its scope (so variable paths stay the
 same) and runs it under the interceptor; it initialises, trains, jits and serialises
 as any module.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
@@ -47,8 +49,11 @@ class Resized(nn.Module):
         settings = {(path, name): value for path, name, value in self.settings}
 
         def follow(next_fun, args, kwargs, context):
-            if context.method_name == "__call__":
-                resize(context.module, args, kwargs, table, settings)
+            if context.method_name in ("__call__", "setup"):
+                resize(
+                    context.module, context.method_name, args, kwargs, table, settings
+                )
+            adopt(context.module, table)
             return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(follow):
@@ -57,37 +62,95 @@ class Resized(nn.Module):
 
 def resize(
     module: nn.Module,
+    method: str,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     table: Mapping[str, Shape],
     settings: Mapping[tuple[str, str], int | None],
 ) -> None:
-    """Sets the width attributes of one layer, if it is of a known type."""
+    """Sets the width attributes of one layer, if it is of a known type.
+
+    method: "setup" or "__call__"; only layers that make their arrays in setup follow
+      there, because others may need to see their input.
+    """
     if module.scope is None:
         return
-    rule = next((rule for kind, rule in _RULES if isinstance(module, kind)), None)
-
-    def read(*names: str) -> Shape | None:
-        return _shape(module, names, table)
-
+    if isinstance(module, nn.RNN) and method == "__call__":
+        module = module.cell  # it makes its first carry before it is called
+    if method == "setup" and not isinstance(module, nn.Embed):
+        return
     x = args[0] if args else next(iter(kwargs.values()), None)
-    for name, value in (rule(module, read, x) if rule else {}).items():
-        # Flax freezes modules once they are set up; apply works on a clone of the
-        # user's, so this touches no object of theirs.
-        object.__setattr__(module, name, value)
+    _set(module, _sizes(module, x, table))
     path = "/".join(map(str, module.scope.path))
     for (place, name), value in settings.items():
         if place == path:
-            object.__setattr__(module, name, value)
+            _set(module, {name: value})
+
+
+def _sizes(module: nn.Module, x: Any, table: Mapping[str, Shape]) -> dict[str, Any]:
+    rule = next((rule for kind, rule in _RULES if isinstance(module, kind)), None)
+    if rule is None or module.scope is None:
+        return {}
+    return rule(module, lambda *names: _shape(module, names, table), x)
+
+
+def _set(module: nn.Module, values: Mapping[str, Any]) -> None:
+    # Flax freezes modules once they are set up; apply works on a clone of the user's,
+    # so this touches no object of theirs.
+    for name, value in values.items():
+        object.__setattr__(module, name, value)
+
+
+def adopt(module: nn.Module, table: Mapping[str, Shape]) -> None:
+    """Makes the module's own `param` and `variable` follow the sliced arrays.
+
+    An array that exists is taken as it is, though its source states another shape (or
+    is a whole pretrained array); a new one is cut to the shape it has in the table.
+    """
+    if module.scope is None or "param" in vars(module):
+        return
+    own_param, own_variable = module.param, module.variable
+
+    def cut(collection: str, name: str, init: Callable[..., Any]) -> Any:
+        def cut_init(*args: Any, **kwargs: Any) -> Any:
+            shape = _shape(module, (name,), table, collection)
+            made = init(*args, **kwargs)
+            return made if shape is None else jax.tree.map(_cut(shape), made)
+
+        return cut_init
+
+    def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any):
+        return own_param(name, cut("params", name, init_fn), *args, **kwargs)
+
+    def variable(
+        col: str, name: str, init_fn: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        init = init_fn if init_fn is None else cut(col, name, init_fn)
+        return own_variable(col, name, init, *args, **kwargs)
+
+    _set(module, {"param": param, "variable": variable})
+
+
+def _cut(shape: Shape) -> Callable[[Any], Any]:
+    def cut(array: Any) -> Any:
+        if jnp.ndim(array) != len(shape) or jnp.shape(array) == shape:
+            return array
+        return array[tuple(map(slice, shape))]
+
+    return cut
 
 
 def _shape(
-    module: nn.Module, names: tuple[str, ...], table: Mapping[str, Shape]
+    module: nn.Module,
+    names: tuple[str, ...],
+    table: Mapping[str, Shape],
+    kind: str = "params",
 ) -> Shape | None:
-    """Shape of a parameter below the module: the array's own, else the table's."""
-    tree: Any = module.scope.get_variable("params", names[0], None)
+    """Shape of an array below the module: the array's own, else the table's."""
+    assert module.scope is not None
+    tree: Any = module.scope.get_variable(kind, names[0], None)
     if tree is None:
-        collection = module.scope.root._variables.get("params", {})
+        collection = module.scope.root._variables.get(kind, {})
         for part in (*module.scope.path, *names[:-1]):
             collection = collection.get(part, {}) if hasattr(collection, "get") else {}
         tree = collection.get(names[-1]) if hasattr(collection, "get") else None
@@ -97,7 +160,7 @@ def _shape(
     leaves = jax.tree_util.tree_leaves(tree)
     if leaves and hasattr(leaves[0], "shape"):
         return tuple(leaves[0].shape)
-    return table.get("/".join(("params", *map(str, module.scope.path), *names)))
+    return table.get("/".join((kind, *map(str, module.scope.path), *names)))
 
 
 def _conv(module: Any, read: Read, x: Any) -> dict[str, Any]:
@@ -108,6 +171,11 @@ def _conv(module: Any, read: Read, x: Any) -> dict[str, Any]:
         "features": kernel[-1],
         "feature_group_count": x.shape[-1] // kernel[-2],
     }
+
+
+def _conv_local(module: Any, read: Read, x: Any) -> dict[str, Any]:
+    kernel = read("kernel")
+    return {} if kernel is None else {"features": kernel[-1]}
 
 
 def _conv_transpose(module: Any, read: Read, x: Any) -> dict[str, Any]:
@@ -169,7 +237,8 @@ def _cell(*names: str) -> Callable[[Any, Read, Any], dict[str, Any]]:
 
 _RULES: tuple[tuple[Any, Callable[[Any, Read, Any], dict[str, Any]]], ...] = (
     (nn.ConvTranspose, _conv_transpose),
-    ((nn.Conv, nn.ConvLocal), _conv),
+    (nn.ConvLocal, _conv_local),
+    (nn.Conv, _conv),
     (nn.DenseGeneral, _dense_general),
     (nn.Dense, _dense),
     (nn.Einsum, _einsum),
@@ -179,6 +248,7 @@ _RULES: tuple[tuple[Any, Callable[[Any, Read, Any], dict[str, Any]]], ...] = (
     (nn.GRUCell, _cell("hn")),
     (nn.MGUCell, _cell("hn", "hf")),
     (nn.SimpleCell, _cell("h")),
+    (nn.ConvLSTMCell, _cell("hh")),
 )
 
 
@@ -207,7 +277,8 @@ def group_settings(
             (
                 p
                 for p in masks
-                if p[0] in (f"params/{path}/scale", f"params/{path}/bias")
+                if p[0].removesuffix("/value")
+                in (f"params/{path}/scale", f"params/{path}/bias")
             ),
             None,
         )
@@ -218,7 +289,12 @@ def group_settings(
 
 
 def shapes_of(variables: Any) -> Shapes:
-    """Name and shape of every leaf, as `Resized` takes them."""
+    """Name and shape of every array, as `Resized` takes them; boxes are looked into."""
+    found, _ = jax.tree_util.tree_flatten_with_path(
+        variables, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    )
     return tuple(
-        (path, tuple(leaf.shape)) for path, leaf in trees.flatten(variables).items()
+        (trees.path_name(path), tuple(array.shape))
+        for path, leaf in found
+        for array in jax.tree.leaves(leaf)[:1]
     )

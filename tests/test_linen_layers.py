@@ -1,0 +1,246 @@
+"""Every layer of flax.linen that holds arrays, through the interceptor."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune import trees
+
+SEQUENCE, IMAGE, VOLUME = (2, 6, 5), (2, 6, 6, 5), (2, 4, 4, 4, 5)
+
+
+class _Between(nn.Module):
+    """A layer between two others, so that both of its sides can shrink."""
+
+    make: Callable[[], nn.Module]
+    call: Callable[..., Any] | None = None
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.tanh(nn.Dense(self.width, name="before")(x))
+        layer = self.make()
+        x = layer(x) if self.call is None else self.call(layer, x)
+        return nn.DenseGeneral(3, axis=tuple(range(2, x.ndim)), name="after")(x)
+
+
+def _bidirectional():
+    return nn.Bidirectional(nn.RNN(nn.LSTMCell(6)), nn.RNN(nn.GRUCell(7)))
+
+
+class _Block(nn.Module):
+    """A layer of a scanned stack."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.LayerNorm()(x)
+        y = nn.gelu(nn.Dense(12, name="up")(y))
+        return x + nn.Dense(self.width, name="down")(y), None
+
+
+def _scanned(remat):
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            block = nn.remat(_Block) if remat else _Block
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return stack()(x, None)[0]
+
+    return Stack
+
+
+class _Experts(nn.Module):
+    """Stacked layers on the same input, in parallel."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            out_axes=0,
+            axis_size=3,
+        )
+        return layers(7)(x).sum(0)
+
+
+class _Setup(nn.Module):
+    """Submodules made in setup, one of them used twice, one in a list."""
+
+    def setup(self):
+        self.first = nn.Dense(12)
+        self.twice = nn.Dense(12)
+        self.rest = [nn.Dense(10), nn.Dense(9)]
+
+    def __call__(self, x):
+        x = self.twice(nn.relu(self.twice(nn.relu(self.first(x)))))
+        for layer in self.rest:
+            x = nn.relu(layer(x))
+        return x
+
+
+class _Shared(nn.Module):
+    """A module that runs its inner one in its own scope."""
+
+    inner: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, x):
+        return self.inner(x) * 2
+
+
+class _Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(9)(nn.relu(nn.Dense(7)(x)))
+
+
+class _Gain(nn.Module):
+    """Parameters of the user's own: by the input's shape, and a literal one."""
+
+    literal: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12)(x)
+        shape = (12,) if self.literal else x.shape[-1:]
+        x = x * self.param("gain", nn.initializers.ones, shape)
+        moved = self.variable("stats", "seen", jnp.zeros, shape)
+        return nn.relu(x + moved.value)
+
+
+def _partitioned(layer, *names):
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), names)
+    return lambda: layer(kernel_init=init)
+
+
+ATTENTION = nn.MultiHeadDotProductAttention
+LAYERS = {
+    "dense": (lambda: nn.Dense(9), SEQUENCE),
+    "dense_general": (lambda: nn.DenseGeneral((3, 4)), SEQUENCE),
+    "dense_general_axes": (lambda: nn.DenseGeneral(9, axis=(-2, -1)), IMAGE),
+    "dense_general_batch": (
+        lambda: nn.DenseGeneral(9, axis=-1, batch_dims=0),
+        SEQUENCE,
+    ),
+    "einsum": (lambda: nn.Einsum((8, 3, 4), "bti,iho->btho"), SEQUENCE),
+    "embed_attend": (
+        lambda: nn.Embed(11, 8),
+        SEQUENCE,
+        lambda layer, x: layer.attend(x + layer(jnp.arange(6))),
+    ),
+    "conv1d": (lambda: nn.Conv(9, 3), SEQUENCE),
+    "conv2d": (lambda: nn.Conv(9, (3, 3), padding="CIRCULAR"), IMAGE),
+    "conv3d": (lambda: nn.Conv(9, (3, 3, 3), strides=2), VOLUME),
+    "conv_grouped": (lambda: nn.Conv(12, (3, 3), feature_group_count=4), IMAGE),
+    "conv_depthwise": (lambda: nn.Conv(16, (3, 3), feature_group_count=8), IMAGE),
+    "conv_local": (lambda: nn.ConvLocal(9, (3, 3)), IMAGE),
+    "conv_transpose": (lambda: nn.ConvTranspose(9, (3, 3), (2, 2)), IMAGE),
+    "conv_transpose_t": (
+        lambda: nn.ConvTranspose(9, (3, 3), (2, 2), transpose_kernel=True),
+        IMAGE,
+    ),
+    "batch_norm": (lambda: nn.BatchNorm(use_running_average=True), SEQUENCE),
+    "layer_norm": (lambda: nn.LayerNorm(), SEQUENCE),
+    "rms_norm": (lambda: nn.RMSNorm(), SEQUENCE),
+    "group_norm": (lambda: nn.GroupNorm(4), IMAGE),
+    "group_norm_size": (lambda: nn.GroupNorm(None, group_size=2), IMAGE),
+    "instance_norm": (lambda: nn.InstanceNorm(), IMAGE),
+    "weight_norm": (lambda: nn.WeightNorm(nn.Dense(9)), SEQUENCE),
+    "spectral_norm": (
+        lambda: nn.SpectralNorm(nn.Conv(9, 3)),
+        SEQUENCE,
+        lambda layer, x: layer(x, update_stats=False),
+    ),
+    "prelu": (lambda: nn.PReLU(), SEQUENCE),
+    "attention": (lambda: ATTENTION(4, qkv_features=24, normalize_qk=True), SEQUENCE),
+    "attention_cross": (
+        lambda: ATTENTION(4, qkv_features=24, out_features=10),
+        SEQUENCE,
+        lambda layer, x: layer(x, x[:, ::-1]),
+    ),
+    "attention_dropout": (
+        lambda: ATTENTION(4, dropout_rate=0.1, deterministic=True),
+        SEQUENCE,
+    ),
+    "lstm": (lambda: nn.RNN(nn.LSTMCell(7)), SEQUENCE),
+    "lstm_optimized": (lambda: nn.RNN(nn.OptimizedLSTMCell(7)), SEQUENCE),
+    "gru": (lambda: nn.RNN(nn.GRUCell(7)), SEQUENCE),
+    "mgu": (lambda: nn.RNN(nn.MGUCell(7)), SEQUENCE),
+    "simple_cell": (lambda: nn.RNN(nn.SimpleCell(7)), SEQUENCE),
+    "conv_lstm": (lambda: nn.RNN(nn.ConvLSTMCell(7, (3, 3))), (2, 3, 4, 4, 5)),
+    "bidirectional": (_bidirectional, SEQUENCE),
+    "scanned": (lambda: _scanned(False)(), SEQUENCE),
+    "scanned_remat": (lambda: _scanned(True)(), SEQUENCE),
+    "vmapped": (lambda: _Experts(), SEQUENCE),
+    "setup": (lambda: _Setup(), SEQUENCE),
+    "share_scope": (lambda: _Shared(_Inner()), SEQUENCE),
+    "own_parameters": (lambda: _Gain(), SEQUENCE),
+    "literal_parameters": (lambda: _Gain(literal=True), SEQUENCE),
+    "sequential": (lambda: nn.Sequential([nn.Dense(9), nn.relu, nn.Dense(7)]), SEQUENCE),
+}  # fmt: skip
+
+
+def _make(name):
+    make, shape, *call = LAYERS[name]
+    model = _Between(make, *call)
+    x = jax.random.normal(jax.random.key(1), shape)
+    return model, _variables(model, x), x
+
+
+def _variables(model, x, seed=0):
+    """Random variables; nothing is compiled to make them."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[:-1] or (1,)))
+        if jax.tree_util.keystr(path).rstrip("].'value").endswith(("scale", "var")):
+            value = 0.5 + np.abs(value)
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def _half(graph, seed=0):
+    """A plan that removes half of every group."""
+    rng = np.random.default_rng(seed)
+    return {
+        group.name: np.sort(rng.permutation(group.size)[: max(1, group.size // 2)])
+        for group in graph.groups
+    }
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_every_layer_follows_its_arrays(name):
+    model, variables, x = _make(name)
+    graph = jp.trace(model, variables, x)
+    plan = _half(graph)
+    slim = jp.shrink(graph, plan)
+    print(name, {g.name: g.size for g in graph.groups}, slim.report["left_whole"])
+    assert slim.report["left_whole"] == {}
+    assert len(graph.groups) >= 1
+    assert jp.verify(graph, plan, x) < 1e-5
+    fresh = jax.eval_shape(slim.model.init, jax.random.key(0), x)
+    assert _shapes(fresh) == _shapes(slim.variables)
