@@ -35,7 +35,13 @@ from jaxprune.methods.reconstruct import (
 )
 from jaxprune.methods.taps import Tap, find_taps
 from jaxprune.records import Group
-from jaxprune.solver.cpli import cpli_select, suppression
+from jaxprune.solver.cpli import (
+    group_system,
+    scaled_scores,
+    select_gates,
+    suppression,
+)
+from jaxprune.solver.gram import GateSystem
 
 LossTerm = Literal["example", "batch"]
 
@@ -126,25 +132,36 @@ def chooser(
         for name, found in gates.items()
     }
 
+    # The same measurement is asked for several counts.
+    systems: dict[str, tuple[Sequence[Term], GateSystem]] = {}
+
+    def system(group: Group, terms: Sequence[Term]) -> GateSystem:
+        known = systems.get(group.name)
+        if known is not None and known[0] is terms:
+            return known[1]
+        weights = [
+            output_weight(graph, term.tap, loss, counts) if feature_importance else None
+            for term in terms
+        ]
+        found = group_system(
+            [
+                (term.moments, term.kernel, term.row_channel, weight)
+                for term, weight in zip(terms, weights, strict=True)
+            ],
+            group.size,
+            centred=all(term.tap.intercept is not None for term in terms),
+        )
+        systems[group.name] = (terms, found)
+        return found
+
     def choose(group: Group, terms: Sequence[Term], keep: int) -> np.ndarray:
         if keep >= group.size:
             return np.arange(group.size)
         if not terms:
             return top(fallback[group.name], keep)
-        weights = [
-            output_weight(graph, term.tap, loss, counts) if feature_importance else None
-            for term in terms
-        ]
-        return cpli_select(
-            [
-                (term.moments, term.kernel, term.row_channel, weight)
-                for term, weight in zip(terms, weights, strict=True)
-            ],
-            loss.get(group.name, np.zeros(group.size)),
-            keep,
-            mu=mu,
-            nonnegative=nonnegative,
-            centred=all(term.tap.intercept is not None for term in terms),
+        scores = scaled_scores(loss.get(group.name, np.zeros(group.size)))
+        return select_gates(
+            system(group, terms), scores, keep, mu=mu, nonnegative=nonnegative
         ).kept
 
     return choose

@@ -229,8 +229,8 @@ def gate_gradients(
         return {}
     if calibration.labels is None:
         raise ScoreError(
-            "the classification loss needs labels: pass batches of (x, y), or mu=0 to "
-            "select by reconstruction alone"
+            "the classification loss needs labels: pass batches of (x, y), or select "
+            "by reconstruction alone with mu=0, feature_importance=False"
         )
     sizes = {group.name: group.size for group in graph.groups}
     names = sorted({name for uses in readers.values() for name, _ in uses})

@@ -34,7 +34,8 @@ from jaxprune.slicing import mask_variables
 # Shares of a group's channels at which its loss is measured; 1 loses nothing. The
 # logarithm of the loss is close to linear in between (a factor of 2 to 3 an eighth).
 SHARES = (0.15, 0.35, 0.55, 0.75, 0.9)
-BATCHES = 2
+# Examples whose outputs are compared: divergences vary little between examples.
+EXAMPLES = 250
 
 Curves = dict[str, np.ndarray]
 
@@ -55,7 +56,7 @@ def sensitivity(
 ) -> Curves:
     """{group: (C + 1,)}: divergence of the outputs with 0, 1, ..., C channels kept.
 
-    One pass for the moments of all groups, then a forward run of `BATCHES` batches
+    One pass for the moments of all groups, then a forward run of some examples
     for each group and share: the network keeps its shapes, so nothing is recompiled.
     """
     used = {tap.site: tap for group in groups for tap in group_taps(taps, group)}
@@ -109,14 +110,14 @@ def divergence(graph: ChannelGraph, variables: Any, calibration: Calibration):
     """A function of variables: mean divergence of the outputs from the original's.
 
     Kullback-Leibler between the softmax of two-dimensional floating-point outputs
-    (logits), the relative squared error of any others; averaged over `BATCHES`
-    batches.
+    (logits), the relative squared error of any others; averaged over at
+    least `EXAMPLES` examples.
     """
     batches = []
-    for number, (inputs, _, weight) in enumerate(calibration):
-        if number == BATCHES:
-            break
+    for inputs, _, weight in calibration:
         batches.append((inputs, weight))
+        if len(batches) * calibration.size >= EXAMPLES:
+            break
     run = jax.jit(lambda v, i: jax.tree.leaves(graph.handle(v, *i)))
     references = [run(variables, inputs) for inputs, _ in batches]
 

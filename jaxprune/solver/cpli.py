@@ -58,24 +58,34 @@ def cpli_select(
       ScoreError: no term, shapes that do not fit, NaN, or `keep` not in 1..C.
     """
     t = scaled_scores(loss_scores)
+    system = group_system(terms, t.size, centred=centred, balance=balance)
+    return select_gates(system, t, keep, mu=mu, nonnegative=nonnegative)
+
+
+def group_system(
+    terms: Sequence[tuple[Moments, np.ndarray, np.ndarray, np.ndarray | None]],
+    channels: int,
+    *,
+    centred: bool = True,
+    balance: bool = True,
+) -> GateSystem:
+    """The gate system of all consumers together; arguments as for `cpli_select`."""
+    if not terms:
+        raise ScoreError(
+            "no consumer to reconstruct: select this group by a score instead"
+        )
     systems = [
         gate_system(
             moments,
             kernel,
             row_channel,
-            channels=t.size,
+            channels=channels,
             output_weight=weight,
             centred=centred,
         )
         for moments, kernel, row_channel, weight in terms
     ]
-    if not systems:
-        raise ScoreError(
-            "no consumer to reconstruct: select this group by a score instead"
-        )
-    return select_gates(
-        combine(systems, balance=balance), t, keep, mu=mu, nonnegative=nonnegative
-    )
+    return combine(systems, balance=balance)
 
 
 def select_gates(
