@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.check import follow, slim_handle
+from jaxprune.check import align, follow, slim_handle
 from jaxprune.frameworks.replay import check_replay
 from jaxprune.frameworks.replay import replay as replayed
 from jaxprune.graph import ChannelGraph
 from jaxprune.records import Plan, Slim
-from jaxprune.slicing import slice_variables
+from jaxprune.rescale import Folded, fold_constants, rescale
+from jaxprune.slicing import keep_indices, slice_variables
 
 
 def shrink(
@@ -24,7 +25,9 @@ def shrink(
 
     The static check (`jaxprune.check`) runs on the plan. Groups that the model cannot
     follow, because its source states a width, are left whole; `slim.plan` is what was
-    done, and `slim.report["left_whole"]` says why.
+    done, and `slim.report["left_whole"]` says why. Constants that follow a size, such
+    as 1/sqrt(d) of attention, are made up for in the kernels (`jaxprune.rescale`;
+    `slim.report["rescaled"]`), so that the slim model equals the masked original.
 
     Args:
       graph: from `trace`.
@@ -41,14 +44,22 @@ def shrink(
     plan, left = follow(graph, graph.complete(plan), check_replay if replay else None)
     source = graph.variables if variables is None else variables
     small = slice_variables(graph, plan, source)
+    folded = Folded()
     if replay:
         model, settings = replayed(graph, plan), ()
     else:
+        folded = fold_constants(graph, align(graph, plan))
+        small = rescale(keep_indices(graph, plan), folded, small)
         model = slim_handle(graph, plan, small).model
         settings = graph.handle.settings(graph.notes, graph.place_masks(plan))
     groups = [
         {"name": g.name, "size": g.size, "kept": len(plan[g.name])}
         for g in graph.groups
     ]
-    report = {"groups": groups, "settings": settings, "left_whole": left}
+    report = {
+        "groups": groups,
+        "settings": settings,
+        "left_whole": left,
+        "rescaled": {factor.path: factor.by for factor in folded.factors},
+    }
     return Slim(model, small, plan, report)

@@ -15,6 +15,7 @@ from jaxprune.errors import EmissionError
 from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.records import Plan
+from jaxprune.rescale import fold_constants, with_original
 from jaxprune.surgery import shrink
 
 # What a removed entry must be for a reduction over it to pass it by.
@@ -42,11 +43,17 @@ def masked_outputs(
     its results are set to zero (to the neutral element before a maximum, minimum or
     product). Normalisations run over kept channels only: the size constants in them
     (scalar literals) are read from the aligned slim program, or are those of a replay.
+    Constants that `shrink` folds into kernels (`jaxprune.rescale`) keep the original's
+    values.
     """
     plan = graph.complete(plan)
     graph = graph.retrace(inputs)
     mask = graph.unit_mask(plan)
-    literals = size_literals(graph, plan, inputs) if replay else align(graph, plan)
+    if replay:
+        literals = size_literals(graph, plan, inputs)
+    else:
+        found = align(graph, plan)
+        literals = with_original(found, fold_constants(graph, found))
 
     def silence(array: Any, axes: Any, value: Any = 0) -> Any:
         for dim, axis in enumerate(axes):

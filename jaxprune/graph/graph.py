@@ -58,6 +58,7 @@ class ChannelGraph:
       outputs: as given to `trace`, the outputs that keep their shapes.
       ignore: the patterns that were given to `trace`.
       notes: what the handle noted while it was traced.
+      aligned: what the static check found last, by channel mask.
     """
 
     groups: tuple[Group, ...]
@@ -75,6 +76,7 @@ class ChannelGraph:
     outputs: Outputs = None
     ignore: tuple[str, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
+    aligned: dict[bytes, Any] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     # Groups and plans ---------------------------------------------------------

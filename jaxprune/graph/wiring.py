@@ -1,0 +1,143 @@
+"""Who makes and who reads each array of a traced program, across its calls."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+from jaxprune.graph.evaluate import CALLS
+from jaxprune.graph.interpret import Site
+from jaxprune.graph.rules.control import inner_jaxpr
+
+# A variable of a jaxpr at one call site (sub-jaxprs are shared between sites).
+Key = tuple[Site, Any]
+OPAQUE: Site = (-1,)
+
+
+@dataclass(eq=False)
+class Wiring:
+    """The data flow, with calls inlined and loops opened for what does not change.
+
+    Attributes:
+      maker: {array: (site, equation, number of the result)}.
+      readers: {array: [(site, operand number)]}; OPAQUE where a loop's carry, a branch
+        or the output reads it.
+      leaf: {array: name of the variable it is}.
+      equations: {site: equation}.
+    """
+
+    maker: dict[Key, tuple[Site, jex.JaxprEqn, int]] = field(default_factory=dict)
+    readers: dict[Key, list[tuple[Site, int]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    leaf: dict[Key, str] = field(default_factory=dict)
+    equations: dict[Site, jex.JaxprEqn] = field(default_factory=dict)
+    _alias: dict[Key, Key] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, closed: jex.ClosedJaxpr, names: Sequence[str]) -> Wiring:
+        """The wiring of a program whose first arguments are the named variables."""
+        wiring = cls()
+        for name, var in zip(names, closed.jaxpr.invars, strict=False):
+            wiring.leaf[(), var] = name
+        wiring._walk(closed.jaxpr, ())
+        for atom in closed.jaxpr.outvars:
+            wiring._opaque((), [atom])
+        return wiring
+
+    def key(self, site: Site, atom: Any) -> Key | None:
+        """The array that an operand is; None for a literal."""
+        if isinstance(atom, jex.Literal):
+            return None
+        key = (site, atom)
+        while key in self._alias:
+            key = self._alias[key]
+        return key
+
+    def operands(self, site: Site) -> list[Key | None]:
+        """The operands of the equation at a site."""
+        return [self.key(site[:-1], atom) for atom in self.equations[site].invars]
+
+    def _opaque(self, site: Site, atoms: Sequence[Any]) -> None:
+        for atom in atoms:
+            key = self.key(site, atom)
+            if key is not None:
+                self.readers[key].append((OPAQUE, 0))
+
+    def _walk(self, jaxpr: Any, site: Site) -> None:
+        for number, eqn in enumerate(jaxpr.eqns):
+            here, name = (*site, number), eqn.primitive.name
+            self.equations[here] = eqn
+            if name in CALLS:
+                self._enter(inner_jaxpr(eqn).jaxpr, here, site, eqn.invars)
+                for out, inner in zip(
+                    eqn.outvars, inner_jaxpr(eqn).jaxpr.outvars, strict=True
+                ):
+                    if not isinstance(inner, jex.Literal):
+                        self._alias[site, out] = (here, inner)
+            elif name == "scan":
+                # What all rounds share, and stacked variables: scaling the stack
+                # scales the slice of every round.
+                first = eqn.params["num_consts"] + eqn.params["num_carry"]
+                steady = [
+                    atom if k < eqn.params["num_consts"] or k >= first else None
+                    for k, atom in enumerate(eqn.invars)
+                ]
+                body = eqn.params["jaxpr"].jaxpr
+                self._opaque(site, eqn.invars[eqn.params["num_consts"] : first])
+                self._enter(body, here, site, steady)
+                self._opaque(here, body.outvars)
+            else:
+                for place, atom in enumerate(eqn.invars):
+                    key = self.key(site, atom)
+                    if key is not None:
+                        loop = name in ("while", "cond")
+                        reader = (OPAQUE, 0) if loop else (here, place)
+                        self.readers[key].append(reader)
+                for place, var in enumerate(eqn.outvars):
+                    if name not in ("while", "cond"):
+                        self.maker[site, var] = (here, eqn, place)
+
+    def _enter(self, body: Any, here: Site, site: Site, atoms: Sequence[Any]) -> None:
+        for var, atom in zip(body.invars, atoms, strict=True):
+            if atom is not None and not isinstance(atom, jex.Literal):
+                self._alias[here, var] = (site, atom)
+        self._walk(body, here)
+
+
+def scalars(
+    wiring: Wiring, literals: Mapping[Site, Sequence[Any]], bind: Any
+) -> dict[Key, tuple[float, float, frozenset[Site]]]:
+    """{array: (value, value in the slim program, sites of its literals)} for numbers
+    that follow from literals alone and differ between the two programs."""
+    found: dict[Key, tuple[float, float, frozenset[Site]]] = {}
+    for site, eqn in wiring.equations.items():
+        if len(eqn.outvars) != 1 or eqn.outvars[0].aval.shape or site not in literals:
+            continue
+        pairs, sites = [], set()
+        keys = wiring.operands(site)
+        for atom, key, new in zip(eqn.invars, keys, literals[site], strict=True):
+            if key is None:
+                pairs.append((atom.val, new))
+                sites |= {site} if bool(atom.val != new) else set()
+            elif key in found:
+                pairs.append(found[key][:2])
+                sites |= found[key][2]
+        if len(pairs) != len(keys) or not sites or eqn.primitive.name in CALLS:
+            continue
+        dtypes = [atom.aval.dtype for atom in eqn.invars]
+        old, new = (
+            float(
+                bind(eqn, [jax.numpy.asarray(p[k], d) for p, d in zip(pairs, dtypes)])[
+                    0
+                ]
+            )
+            for k in (0, 1)
+        )
+        found[site[:-1], eqn.outvars[0]] = (old, new, frozenset(sites))
+    return found

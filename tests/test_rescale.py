@@ -1,0 +1,142 @@
+"""Constants that follow a size are made up for in the kernels."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from patterns import PATTERNS
+from test_patterns import make
+
+import jaxprune as jp
+from jaxprune import surgery, trees
+from jaxprune.rescale import Folded
+
+# Patterns, and a leaf that takes the factor when the query/key width shrinks.
+WIDTHS = {
+    "attention": "att/query/kernel",
+    "attention_with_normed_queries": "att/query_ln/scale",
+    "multi_query": "q/kernel",
+    "gqa_by_repeat": "k/kernel",
+    "gqa_by_reshape": "q/kernel",
+    "fused_qkv_by_split": "qkv/kernel",
+    "fused_qkv_by_reshape": "qkv/kernel",
+    "fused_qkv_within_heads": "qkv/kernel",
+}
+
+
+@pytest.mark.parametrize("name", list(WIDTHS))
+def test_a_narrower_query_gives_the_masked_scores(name):
+    """The oracle is the original model itself, with the removed features of its
+    queries and keys at zero: nothing of it is recomputed."""
+    model, variables, x, _ = make(name)
+    graph = jp.trace(model, variables, x)
+    found = 0
+    for group in graph.groups:
+        plan = {group.name: np.arange(0, group.size, 2)}
+        slim = jp.shrink(graph, plan)
+        if not slim.report["rescaled"]:
+            continue
+        found += 1
+        expected = f"params/{WIDTHS[name]}"
+        assert expected in slim.report["rescaled"]
+        leaves = {p: np.array(v) for p, v in trees.flatten(variables).items()}
+        gone = np.setdiff1d(np.arange(group.size), slim.plan[group.name])
+        for slot in group.slots:
+            leaf = np.moveaxis(leaves[slot.path], slot.axis, 0)
+            leaf[slot.index[gone].ravel()] = 0
+        masked = trees.unflatten_like(variables, leaves)
+        if "ln" not in expected:  # a norm runs over what is left
+            np.testing.assert_allclose(
+                jax.jit(slim.model.apply)(slim.variables, x),
+                jax.jit(model.apply)(masked, x),
+                atol=1e-5,
+            )
+        assert jp.verify(graph, plan, x) < 1e-5
+    assert found == 1
+
+
+def test_a_surgeon_who_does_not_rescale_is_found(monkeypatch):
+    model, variables, x, _ = make("attention")
+    graph = jp.trace(model, variables, x)
+    (group,) = [
+        g
+        for g in graph.groups
+        if jp.shrink(graph, {g.name: np.arange(g.size // 2)}).report["rescaled"]
+    ]
+    plan = {group.name: np.arange(group.size // 2)}
+    assert jp.verify(graph, plan, x) < 1e-6
+    monkeypatch.setattr(surgery, "fold_constants", lambda *_: Folded())
+    with pytest.raises(jp.PruneError, match="differs from the masked original"):
+        jp.verify(graph, plan, x, tolerance=1e-6)
+
+
+class _Scanned(nn.Module):
+    """A stack of attention blocks that share one trace: kernels have a layer axis."""
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            _Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return nn.Dense(3, name="head")(stack(name="stack")(x, None)[0].mean(1))
+
+
+class _Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        att = nn.MultiHeadDotProductAttention(2, qkv_features=8, name="att")
+        return x + att(x, x), None
+
+
+class _SharedQuery(nn.Module):
+    """The query is read elsewhere too: nothing can take the factor but the keys."""
+
+    both: bool
+
+    @nn.compact
+    def __call__(self, x):
+        q, k = nn.Dense(6, name="q")(x), nn.Dense(6, name="k")(x)
+        scores = nn.softmax(q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]))
+        y = jnp.concatenate([scores @ x, q, k] if self.both else [scores @ x, q], -1)
+        return nn.Dense(3, name="head")(y.mean(1))
+
+
+def test_factors_reach_stacked_kernels():
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+    variables = _Scanned().init(jax.random.key(0), x)
+    graph = jp.trace(_Scanned(), variables, x)
+    plan = {
+        g.name: np.arange(2)
+        for g in graph.groups
+        if any("query" in s.path and s.axis == 3 for s in g.slots)
+    }
+    slim = jp.shrink(graph, plan)
+    factor = slim.report["rescaled"]["params/stack/att/query/kernel"]
+    assert factor == pytest.approx(np.sqrt(2 / 4))
+    kernel = variables["params"]["stack"]["att"]["query"]["kernel"]
+    np.testing.assert_allclose(
+        slim.variables["params"]["stack"]["att"]["query"]["kernel"],
+        kernel[..., plan[next(iter(plan))]] * np.sqrt(0.5),
+        rtol=1e-6,
+    )
+    assert jp.verify(graph, plan, x) < 1e-5
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_what_others_read_is_never_scaled(both):
+    model, x = _SharedQuery(both), jax.random.normal(jax.random.key(1), (2, 5, 4))
+    variables = model.init(jax.random.key(0), x)
+    graph = jp.trace(model, variables, x)
+    plan = {g.name: np.arange(3) for g in graph.groups}
+    rescaled = jp.shrink(graph, plan).report["rescaled"]
+    assert set(rescaled) == (set() if both else {"params/k/kernel", "params/k/bias"})
+    assert jp.verify(graph, plan, x) < 1e-5
+
+
+def test_norms_keep_the_constants_of_what_is_left():
+    model, variables, x, _ = make("mixer")
+    graph = jp.trace(model, variables, x)
+    plan = {g.name: np.arange(g.size // 2) for g in graph.groups}
+    assert jp.shrink(graph, plan).report["rescaled"] == {}
+    assert set(WIDTHS) <= set(PATTERNS)
