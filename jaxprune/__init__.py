@@ -6,10 +6,10 @@ from jaxprune.errors import PruneError
 from jaxprune.kept import KeptIndices, kept_indices
 from jaxprune.methods.scores import score
 from jaxprune.mirrors import shrink_like
-from jaxprune.pipeline import trace
-from jaxprune.pruning import methods, prune
+from jaxprune.pipeline import methods, prune
 from jaxprune.records import Budget, Group, Plan, Slim, Slot
 from jaxprune.surgery import shrink
+from jaxprune.tracing import trace
 from jaxprune.verify import verify
 
 __all__ = [

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from jaxprune import trees
 from jaxprune.errors import CheckpointError, first_line
-from jaxprune.frameworks import linen
+from jaxprune.frameworks import handle_of
 from jaxprune.records import Plan, Slim
 
 Path = str | pathlib.Path
@@ -191,7 +191,7 @@ def save(path: Path, slim: Slim) -> None:
         "plan": slim.plan.to_json(),
         "report": dict(slim.report),
         # What a wrapped module needs beside the shapes, such as GroupNorm's groups.
-        "settings": getattr(slim.model, "settings", ()),
+        "settings": slim.report.get("settings", ()),
     }
 
     def write(partial: pathlib.Path) -> None:
@@ -210,7 +210,8 @@ def load(path: Path, model: Any) -> Slim:
 
     Args:
       path: the directory.
-      model: the original architecture (its weights are not needed).
+      model: the original architecture: a Linen module, or an NNX object of the
+        original sizes (its weights are not used).
 
     Raises:
       CheckpointError: missing, damaged, or of another format.
@@ -231,8 +232,9 @@ def load(path: Path, model: Any) -> Slim:
             "with the version that wrote it"
         )
     variables = load_variables(found)
+    handle = handle_of(model).rebuild(variables, settings)
     return Slim(
-        model=linen.rebuild(model, variables, settings),
+        model=handle.model,
         variables=variables,
         plan=Plan.from_json(plan),
         report=report,

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import jaxprune as jp
 from jaxprune import checkpoint, models, trees
 from jaxprune.errors import CheckpointError
 from jaxprune.records import Plan, Slim
@@ -108,9 +110,12 @@ def test_a_wrapped_module_keeps_its_settings(tmp_path):
         elif "/out/" not in name:
             leaves[name] = leaves[name][..., :4]
     sliced = trees.unflatten_like(variables, leaves)
-    module = rebuild(Foreign(), sliced, (("norm", "num_groups", 2),))
+    settings = (("norm", "num_groups", 2),)
+    module = rebuild(Foreign(), sliced, settings)
     plan = Plan({"hidden": np.arange(4)}, {"hidden": 8})
-    checkpoint.save(tmp_path / "slim", Slim(module, sliced, plan))
+    checkpoint.save(
+        tmp_path / "slim", Slim(module, sliced, plan, {"settings": settings})
+    )
     loaded = checkpoint.load(tmp_path / "slim", Foreign())
     x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     expected = module.apply(sliced, x)
@@ -202,3 +207,23 @@ def test_trained_networks_fit_the_reference_architectures(file, name, width):
     with np.load(path) as arrays:
         total = sum(arrays[key].size for key in arrays.files)
     assert sum(a.size for a in jax.tree.leaves(variables)) == total
+
+
+class Object(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(5, 8, rngs=rngs)
+        self.norm = nnx.GroupNorm(8, num_groups=4, rngs=rngs)
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.norm(self.hidden(x))))
+
+
+def test_a_pruned_object_comes_back_with_its_own_weights(tmp_path):
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32)
+    slim = jp.prune(Object(nnx.Rngs(0)), [(x, None)], method="lasso", keep=0.5)
+    assert slim.model.out.in_features < 8
+    jp.save(tmp_path / "slim", slim)
+    loaded = jp.load(tmp_path / "slim", Object(nnx.Rngs(1)))
+    np.testing.assert_array_equal(loaded.model(x), slim.model(x))
+    assert loaded.plan.to_json() == slim.plan.to_json()

@@ -62,7 +62,7 @@ class LinenHandle:
         return LinenHandle(rebuild(self.model, variables, settings), self.apply)
 
 
-def inference_flags(model: nn.Module) -> dict[str, bool]:
+def inference_flags(model: nn.Module) -> dict[str, Any]:
     """The flags of `flags.INFERENCE` that the module's call takes."""
     return call_flags(type(model.inner if isinstance(model, Resized) else model))
 
@@ -73,8 +73,9 @@ def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Mod
     A module that has a method `resized(variables)` says itself how its widths
     follow; any other is wrapped so that its layers read them off the arrays.
     """
-    if isinstance(model, Resized):
-        model = model.inner
+    if isinstance(model, Resized):  # what is not set anew stays as it was
+        merged = {row[:2]: row for row in (*model.settings, *map(tuple, settings))}
+        model, settings = model.inner, tuple(merged.values())
     resized = getattr(model, "resized", None)
     if resized is not None:
         return resized(variables)
