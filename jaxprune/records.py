@@ -79,7 +79,8 @@ class Plan(Mapping[str, np.ndarray]):
             if kept.ndim != 1 or (kept.size and kept.dtype.kind not in "iu"):
                 problems.append(
                     f"group {name!r}: expected a list of integer indices, found "
-                    f"{kept.dtype} of shape {kept.shape}"
+                    f"{kept.dtype} of shape {kept.shape}; masks go through "
+                    "Plan.from_masks"
                 )
                 continue
             kept = np.unique(kept.astype(np.int64))

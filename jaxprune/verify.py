@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from jaxprune import trees
 from jaxprune.check import align, axis_mask, slim_handle
-from jaxprune.errors import EmissionError
+from jaxprune.errors import EmissionError, GraphError
 from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.records import Plan
@@ -123,6 +124,12 @@ def verify(
     """
     source = graph.variables if variables is None else variables
     inputs = x if isinstance(x, tuple) else (x,)
+    abstract = [p for p, leaf in trees.flatten(source).items() if _is_shape(leaf)]
+    if abstract:
+        raise GraphError(
+            f"the graph was traced without arrays: expected an array at {abstract[0]}, "
+            "found its shape alone; pass verify(..., variables=arrays)"
+        )
     slim = shrink(graph, plan, source, replay=replay)
     graph = graph.retrace(inputs)
     expected = masked_outputs(graph, slim.plan, source, inputs, replay=replay)
@@ -143,6 +150,10 @@ def verify(
             "this model and plan: they show a defect"
         )
     return worst
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

@@ -201,6 +201,8 @@ def _signatures(table: np.ndarray, classes: Classes):
         for unit, tag in np.unique(pairs, axis=0) if pairs.size else ():
             parts[int(unit)].add(int(tag))
     labels, starts = np.unique(table[:, 0], return_index=True)
+    if not labels.size:
+        return {}
     stops = np.append(starts[1:], len(table))
     found = {}
     for label, start, stop in zip(labels, starts, stops, strict=True):

@@ -120,8 +120,8 @@ def bind(
         return [conv.conv_general_dilated(*operands, **params)]
     # JAX changed the form of bind parameters: a mapping, before that a pair.
     found = eqn.primitive.get_bind_params(dict(given))
-    functions, params = found if isinstance(found, tuple) else ((), found)
-    results = eqn.primitive.bind(*functions, *operands, **params)
+    functions, options = found if isinstance(found, tuple) else ((), found)
+    results = eqn.primitive.bind(*functions, *operands, **options)
     return list(results) if eqn.primitive.multiple_results else [results]
 
 

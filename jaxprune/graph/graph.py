@@ -14,11 +14,12 @@ from jax.extend import core as jex
 
 from jaxprune import trees
 from jaxprune.conv import plain_convolutions
-from jaxprune.errors import GraphError, PlanError
+from jaxprune.errors import GraphError, PlanError, PruneError, first_line
 from jaxprune.graph import channels as channels_lib
 from jaxprune.graph.atoms import Atoms, Classes
 from jaxprune.graph.counts import Counter, Ledger, Terms, contraction_dims
 from jaxprune.graph.describe import describe, explain
+from jaxprune.graph.failures import trace_error
 from jaxprune.graph.interpret import Record, Site, Value, Walk
 from jaxprune.graph.rules import RULES
 from jaxprune.records import Group, Plan
@@ -103,20 +104,29 @@ class ChannelGraph:
           PlanError: unknown groups, or sizes other than this graph's.
         """
         sizes = {group.name: group.size for group in self.groups}
-        if not isinstance(plan, Plan):
-            plan = Plan(plan, {n: s for n, s in sizes.items() if n in plan})
+        if not isinstance(plan, Mapping):
+            raise PlanError(
+                "expected a plan, or a mapping from group names to kept indices, found "
+                f"{type(plan).__name__}; make the plan with jp.select"
+            )
+        given = (
+            plan.sizes if isinstance(plan, Plan) else {n: sizes.get(n) for n in plan}
+        )
         problems = [
             f"group {name!r} is not in this graph"
             if name not in sizes
             else f"group {name!r}: expected {sizes[name]} channels, found {size}"
-            for name, size in plan.sizes.items()
-            if sizes.get(name) != size
+            for name, size in given.items()
+            if name not in sizes or sizes[name] != size
         ]
+        if not problems and not isinstance(plan, Plan):
+            plan = Plan(plan, {name: sizes[name] for name in plan})
         if problems:
             raise PlanError(
                 "this plan is for another model:\n  "
                 + "\n  ".join(problems[:8])
-                + "\nmake the plan from this graph with jp.select"
+                + f"\nthis graph has {list(sizes)[:8]}; make the plan from it with "
+                "jp.select"
             )
         keep = {n: plan.keep.get(n, np.arange(s)) for n, s in sizes.items()}
         return Plan(keep, sizes)
@@ -248,10 +258,21 @@ def build(
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     structs = jax.tree.map(_struct, (variables, tuple(inputs)))
     notes: dict[str, int] = {}
-    with plain_convolutions():
-        closed, returned = jax.make_jaxpr(
-            lambda v, i: handle.trace(notes, v, *i), return_shape=True
-        )(*structs)
+    try:
+        with plain_convolutions():
+            closed, returned = jax.make_jaxpr(
+                lambda v, i: handle.trace(notes, v, *i), return_shape=True
+            )(*structs)
+    except PruneError:
+        raise
+    except Exception as error:
+        raise trace_error(error, *structs) from error
+    if not jax.tree.leaves(returned):
+        raise GraphError(
+            "the model returns no array: expected at least one output, found "
+            f"{jax.tree.structure(returned)}; pass apply= with the call that returns "
+            "what the loss is made of"
+        )
     names = list(trees.flatten(structs[0]))
     atoms = Atoms()
     walk = Walk(atoms, RULES)
@@ -322,7 +343,14 @@ def _fixed(returned: Any, outputs: Outputs) -> list[bool]:
         return [True] * len(paths)
     if callable(outputs):
         numbered = jax.tree.unflatten(jax.tree.structure(returned), range(len(paths)))
-        picked = set(jax.tree.leaves(outputs(numbered)))
+        try:
+            picked = set(jax.tree.leaves(outputs(numbered)))
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise GraphError(
+                f"outputs= could not pick from what the model returns: "
+                f"{type(error).__name__}: {first_line(error)}; the outputs are named "
+                f"{paths[:6]}"
+            ) from error
         return [number in picked for number in range(len(paths))]
     patterns = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     fixed = [False] * len(paths)

@@ -173,12 +173,17 @@ _ENGINE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _MODELS = _ENGINE + "models" + os.sep
 
 
+def is_user_file(name: str) -> bool:
+    """True unless JAX, Flax or this package (its models aside) owns the file."""
+    inner = name.startswith(_ENGINE) and not name.startswith(_MODELS)
+    return not (inner or name.startswith(_LIBRARIES))
+
+
 def source_line(eqn: jex.JaxprEqn) -> str:
     """ "file.py:12 (function)" of the user's frame that made the equation, or ""."""
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in traceback.frames if traceback else ():
         name = frame.file_name
-        inner = name.startswith(_ENGINE) and not name.startswith(_MODELS)
-        if not (inner or name.startswith(_LIBRARIES)):
+        if is_user_file(name):
             return f"{os.path.basename(name)}:{frame.line_num} ({frame.function_name})"
     return ""
