@@ -15,7 +15,7 @@ INFERENCE = {
 }
 
 
-def call_flags(kind: type[Any]) -> dict[str, bool]:
+def call_flags(kind: type[Any]) -> dict[str, Any]:
     """The flags of INFERENCE that the call of this class takes."""
     taken = inspect.signature(kind.__call__).parameters
     return {name: value for name, value in INFERENCE.items() if name in taken}

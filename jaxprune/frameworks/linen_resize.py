@@ -23,7 +23,8 @@ from jaxprune import trees
 
 Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]
-Settings = tuple[tuple[str, str, int | None], ...]
+# Rows of (path of a layer, attribute, value).
+Settings = tuple[tuple[Any, ...], ...]
 Read = Callable[..., Shape | None]
 
 
@@ -77,6 +78,7 @@ def resize(
         return
     if isinstance(module, nn.RNN) and method == "__call__":
         module = module.cell  # it makes its first carry before it is called
+        assert module.scope is not None
     if method == "setup" and not isinstance(module, nn.Embed):
         return
     x = args[0] if args else next(iter(kwargs.values()), None)
@@ -258,6 +260,7 @@ def record_groups(notes: dict[str, int]) -> Any:
     def note(next_fun, args, kwargs, context):
         module = context.module
         if isinstance(module, nn.GroupNorm) and context.method_name == "__call__":
+            assert module.scope is not None
             count = module.num_groups
             if count is None:
                 count = args[0].shape[-1] // module.group_size

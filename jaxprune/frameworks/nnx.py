@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -158,7 +159,7 @@ def _is_array(leaf: Any) -> bool:
         not isinstance(leaf, nnx.RngState)
         and hasattr(value, "shape")
         and hasattr(value, "dtype")
-        and not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+        and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
     )
 
 
@@ -167,7 +168,7 @@ def _concrete(leaf: Any) -> Any:
     value = _value(leaf)
     if not isinstance(value, jax.ShapeDtypeStruct):
         return leaf
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         keys = np.zeros(value.shape, np.uint32)
         return _with(leaf, jax.vmap(jax.random.key)(keys.ravel()).reshape(value.shape))
     return _with(leaf, np.zeros(value.shape, value.dtype))

@@ -65,6 +65,11 @@ class Program:
         return array
 
 
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """The full shape of a variable or literal of a jaxpr."""
+    return tuple(atom.aval.shape)
+
+
 def program_of(
     call: Callable[..., Any], variables: Any, inputs: Sequence[Any], masks: Masks
 ) -> Program:
@@ -181,8 +186,8 @@ def _constants(
         for k, (atom, value) in enumerate(zip(eqn.invars, record.inputs, strict=True)):
             literal = isinstance(atom, jex.Literal)
             array = atom.val if literal else held.get(atom)
-            shape = atom.aval.shape
-            if array is not None and program.shape(value, shape) != tuple(shape):
+            shape = shape_of(atom)
+            if array is not None and program.shape(value, shape) != shape:
                 new[k] = program.take(array, value)
         _follow_sum(program, record, terms, new)
         found[here] = new
@@ -197,7 +202,7 @@ def _follow_sum(
 ) -> None:
     eqn = record.eqn
     if record.name == "reduce_sum":
-        shape = eqn.invars[0].aval.shape
+        shape = shape_of(eqn.invars[0])
         left = program.shape(record.inputs[0], shape)
         axes = eqn.params["axes"]
         terms[eqn.outvars[0]] = (

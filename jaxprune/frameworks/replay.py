@@ -24,6 +24,7 @@ from jaxprune.frameworks.program import (
     Program,
     constants,
     program_of,
+    shape_of,
 )
 from jaxprune.graph import ChannelGraph, Record, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import bind
@@ -60,7 +61,7 @@ class Replayed:
             for result, value, var in zip(
                 results, record.outputs, eqn.outvars, strict=True
             ):
-                expected = program.shape(value, var.aval.shape)
+                expected = program.shape(value, shape_of(var))
                 if tuple(result.shape) != expected:
                     raise EmissionError(
                         f"replay of {record.name} gives shape {tuple(result.shape)} "
@@ -148,11 +149,11 @@ def resized(program: Program, record: Record) -> dict[str, Any]:
     """The equation's parameters with the sizes that the plan leaves."""
     eqn, params = record.eqn, dict(record.eqn.params)
     outputs = [
-        program.shape(value, var.aval.shape)
+        program.shape(value, shape_of(var))
         for value, var in zip(record.outputs, eqn.outvars, strict=True)
     ]
     inputs = [
-        program.shape(value, atom.aval.shape)
+        program.shape(value, shape_of(atom))
         for value, atom in zip(record.inputs, eqn.invars, strict=True)
     ]
     rule = _RULES.get(record.name)
@@ -187,7 +188,7 @@ def _slice(program: Program, record: Record, inputs: Shapes, outputs: Shapes):
 
 
 def _gather(program: Program, record: Record, inputs: Shapes, outputs: Shapes):
-    full, sizes = record.eqn.invars[0].aval.shape, record.eqn.params["slice_sizes"]
+    full, sizes = shape_of(record.eqn.invars[0]), record.eqn.params["slice_sizes"]
     return {
         "slice_sizes": tuple(
             left if size == whole else size
