@@ -161,6 +161,8 @@ def build(
         if len(units) < 2:
             continue
         slots = _slots(table, [rows for _, rows in units], places, role_of)
+        if all(slot.role == "consumer" for slot in slots):
+            continue  # copies (tile, repeat) and constants: no variable makes them
         slots.sort(key=lambda s: first_use.get((s.path, s.axis), late))
         lead = next((s for s in slots if s.role == "producer"), slots[0])
         order = np.argsort(lead.index[:, 0], kind="stable")

@@ -423,4 +423,6 @@ def _frozen(
 def _lonely(classes: Classes, labels: np.ndarray) -> str:
     if classes.frozen[labels].any():
         return "it is part of a reshape whose other part is frozen"
+    if labels.size > 1:
+        return "no variable makes its channels: they are copies or constants"
     return "all its indices form one channel, which cannot be removed"
