@@ -11,7 +11,7 @@ from jax.extend import core as jex
 
 from jaxprune import conv
 from jaxprune.graph.interpret import Site
-from jaxprune.graph.rules.control import inner_jaxpr
+from jaxprune.graph.rules.control import inner_jaxpr, scan_counts
 
 # before(site, eqn, operands) -> operands; after(site, eqn, operands, results) -> results
 Before = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
@@ -138,7 +138,7 @@ def _remat(eqn, operands, site, options) -> list[Any]:
 
 def _scan(eqn, operands, site, options) -> list[Any]:
     params = eqn.params
-    consts, carries = params["num_consts"], params["num_carry"]
+    consts, carries = scan_counts(eqn)
     fixed = operands[:consts]
 
     def body(carry, sliced):

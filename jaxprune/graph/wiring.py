@@ -12,7 +12,7 @@ from jax.extend import core as jex
 
 from jaxprune.graph.evaluate import CALLS
 from jaxprune.graph.interpret import Site
-from jaxprune.graph.rules.control import inner_jaxpr
+from jaxprune.graph.rules.control import inner_jaxpr, scan_counts
 
 # A variable of a jaxpr at one call site (sub-jaxprs are shared between sites).
 Key = tuple[Site, Any]
@@ -83,13 +83,14 @@ class Wiring:
             elif name == "scan":
                 # What all rounds share, and stacked variables: scaling the stack
                 # scales the slice of every round.
-                first = eqn.params["num_consts"] + eqn.params["num_carry"]
+                consts, carries = scan_counts(eqn)
+                first = consts + carries
                 steady = [
-                    atom if k < eqn.params["num_consts"] or k >= first else None
+                    atom if k < consts or k >= first else None
                     for k, atom in enumerate(eqn.invars)
                 ]
                 body = eqn.params["jaxpr"].jaxpr
-                self._opaque(site, eqn.invars[eqn.params["num_consts"] : first])
+                self._opaque(site, eqn.invars[consts:first])
                 self._enter(body, here, site, steady)
                 self._opaque(here, body.outvars)
             else:

@@ -1,6 +1,7 @@
 """Calls, loops and branches: the walk goes into their sub-jaxprs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jax.extend import core as jex
 
@@ -22,10 +23,26 @@ def call(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     return walk.closed(inner_jaxpr(eqn), values)
 
 
+def scan_counts(eqn: jex.JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    Told by ranks (what is scanned over or stacked has one axis more outside): the
+    parameters that say it change with the version of JAX.
+    """
+    inner = eqn.params["jaxpr"].jaxpr
+
+    def same(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+
+    carries = same(eqn.outvars, inner.outvars)
+    return same(eqn.invars, inner.invars) - carries, carries
+
+
 def scan(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """One decision for all layers: the carry that comes out is the one that went in."""
     params = eqn.params
-    consts, carries = params["num_consts"], params["num_carry"]
+    consts, carries = scan_counts(eqn)
     sliced = []
     for value in values[consts + carries :]:
         walk.atoms.freeze(value.axes[0], f"scanned over at {walk.where}")
