@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxprune.errors import GraphError
@@ -9,7 +11,7 @@ from jaxprune.graph.rules.contraction import WINDOW
 
 if TYPE_CHECKING:
     from jaxprune.graph.graph import ChannelGraph
-    from jaxprune.records import Group
+    from jaxprune.records import Group, Slot
 
 
 def describe(graph: ChannelGraph) -> str:
@@ -17,14 +19,38 @@ def describe(graph: ChannelGraph) -> str:
     sizes = f"{len(graph.groups)} groups, {graph.channels.count} channels"
     costs = f"{graph.macs():,} MACs, {graph.params():,} parameters"
     lines = [f"ChannelGraph: {sizes}, {costs}"]
-    width = max((len(group.name) for group in graph.groups), default=0)
-    for group in graph.groups:
-        lines.append(f"  {group.name:<{width}}  {group.size:>5}  {_members(group)}")
+    rows = _rows(graph.groups)
+    width = max((len(name) for name, _, _ in rows), default=0)
+    lines += [f"  {name:<{width}}  {size:>5}  {text}" for name, size, text in rows]
     frozen = _frozen_lines(graph)
     lines += ["frozen:", *frozen] if frozen else []
     for name, where in graph.unknown.items():
         lines.append(f"no rule for {name!r} at {where}: all it touches is frozen")
     return "\n".join(lines)
+
+
+# Groups that differ in the numbers of their names alone share one line from here on.
+_REPEATED = 3
+
+
+def _rows(groups: Sequence[Group]) -> list[tuple[str, int, str]]:
+    """(name, size, members) a line; repeated blocks are one line, numbers as `*`."""
+    alike: dict[tuple[str, int, str], list[Group]] = {}
+    for group in groups:
+        key = (_template(group.name), group.size, _template(_members(group)))
+        alike.setdefault(key, []).append(group)
+    rows = []
+    for (_, size, members), found in alike.items():
+        if len(found) < _REPEATED:
+            rows += [(group.name, size, _members(group)) for group in found]
+        else:
+            name = f"{found[0].name} .. {found[-1].name} ({len(found)} groups)"
+            rows.append((name, size, members))
+    return rows
+
+
+def _template(text: str) -> str:
+    return re.sub(r"\d+", "*", text)
 
 
 def _members(group: Group) -> str:
@@ -75,14 +101,24 @@ def explain(graph: ChannelGraph, path: str) -> str:
             if not mine:
                 continue
             each = mine[0].index.shape[1]
-            others = [
-                f"{s.path} axis {s.axis} ({s.role})"
-                for s in group.slots
-                if s is not mine[0]
-            ]
+            others = _places([slot for slot in group.slots if slot is not mine[0]])
             lines.append(
                 f"{path} axis {dim} ({axis.size}) belongs to group {group.name!r} of "
                 f"{group.size} channels, {each} indices a channel, as {mine[0].role}; "
-                f"it goes together with {', '.join(others) or 'nothing else'}."
+                f"it goes together with {others or 'nothing else'}."
             )
     return "\n".join(lines) or f"{path} has no axis that could hold channels."
+
+
+def _places(slots: Sequence[Slot]) -> str:
+    """The slots by name; those of repeated blocks as one, numbers as `*`."""
+    alike: dict[str, list[str]] = {}
+    for slot in slots:
+        place = f"axis {slot.axis} ({slot.role})"
+        key = f"{_template(slot.path)} {place}"
+        alike.setdefault(key, []).append(f"{slot.path} {place}")
+    parts = []
+    for key, found in alike.items():
+        several = [f"{key} in {len(found)} places"]
+        parts += found if len(found) < _REPEATED else several
+    return ", ".join(parts)
