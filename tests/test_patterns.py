@@ -17,14 +17,6 @@ STATED = {
     "fused_qkv_by_reshape": {"qkv"},
     "fused_qkv_within_heads": {"qkv"},
     "relative_positions": {"q"},
-    "tied_embedding": {"embed"},
-    "lstmcell": {"cell/ii"},
-    "optimizedlstmcell": {"cell/hf"},
-    "grucell": {"cell/ir"},
-    "mgucell": {"cell/if"},
-    "simplecell": {"cell/i"},
-    "bidirectional": {"f/ii", "g/ir"},
-    "conv_lstm": {"cell/ih"},
 }
 
 
