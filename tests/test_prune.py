@@ -11,14 +11,14 @@ import jaxprune as jp
 from jaxprune import slicing, trees
 from jaxprune.criteria.gradients import gate_gradients as weight_gate_gradients
 from jaxprune.errors import BudgetError, ConfigError, DataError, ScoreError
+from jaxprune.graph.flat import flatten
 from jaxprune.methods.activations import capture_places, find_places
 from jaxprune.methods.measure import (
     Calibration,
-    capture,
     cross_entropy,
     gate_gradients,
-    measure_moments,
 )
+from jaxprune.methods.relay import Relay, measure_moments
 from jaxprune.methods.sensitivity import curve, divergence
 from jaxprune.methods.taps import find_taps, rows_and_targets
 from jaxprune.stats.moments import covariances
@@ -36,23 +36,70 @@ def _graph(name, batches):
     return model, variables, jp.trace(model, variables, batches[0][0])
 
 
+def _run_flat(graph, variables, x):
+    """{site: (operands, results)} of the contractions, by the flat program."""
+    program = flatten(graph.closed, graph.records, len(jax.tree.leaves(variables)))
+    contractions = ("dot_general", "conv_general_dilated")
+
+    @jax.jit
+    def run(leaves):
+        found = {}
+
+        def after(number, operands, results):
+            step = program.steps[number]
+            if step.eqn.primitive.name in contractions:
+                found[step.site] = (operands, results)
+
+        start = dict(zip(program.inputs, [x], strict=True))
+        program.run(leaves, start, 0, len(program.steps), after)
+        return found
+
+    return run(jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit_cifar"])
+def test_a_relay_measures_what_a_run_from_the_start_does(name):
+    """Moments of the last taps with the first groups already changed."""
+    model, variables, x = make(name)
+    batches = _batches(x.shape[1:], count=16, size=8)
+    graph = jp.trace(model, variables, batches[0][0])
+    taps = find_taps(graph)
+    data = Calibration(batches)
+    first = graph.groups[0]
+    changed = slicing.mask_variables(
+        graph, {first.name: np.arange(first.size // 2)}, variables
+    )
+    late = [tap for tap in taps if np.isin(tap.row_needs, graph.groups[-1].units).any()]
+    relay = Relay(graph, variables, data, positions=3)
+    relay.advance(taps, variables)
+    relay.advance(late, changed)
+    found = relay.moments(late, changed, seed=1)
+    again = Relay(graph, variables, data, positions=3, memory=0)
+    again.advance(late, changed)
+    expected = again.moments(late, changed, seed=1)
+    assert found.keys() == expected.keys() == {tap.path for tap in late}
+    for path in found:
+        a, b = covariances(found[path]), covariances(expected[path])
+        np.testing.assert_allclose(a.xx, b.xx, atol=1e-5 * np.abs(b.xx).max())
+        np.testing.assert_allclose(a.xy, b.xy, atol=1e-5 * np.abs(b.xy).max())
+
+
 @pytest.mark.parametrize("name", ["vgg_small", "resnet20", "vit_cifar", "mlp"])
 def test_taps_are_matrix_products(name):
     model, variables, x = make(name)
     graph = jp.trace(model, variables, x)
     taps = find_taps(graph)
-    sites = {tap.site: tap for tap in taps}
     leaves = trees.flatten(variables)
-    images = jax.jit(lambda v: capture(graph, v, (x,), sites, operand=True))(variables)
-    made = jax.jit(lambda v: capture(graph, v, (x,), sites, operand=False))(variables)
+    seen = _run_flat(graph, variables, x)
     read = {slot.path for group in graph.groups for slot in group.consumers}
     assert {tap.path for tap in taps} >= read
     for tap in taps:
+        operands, results = seen[tap.site]
         rows, targets = rows_and_targets(
             tap,
             graph.records[tap.site].eqn,
-            images[tap.site],
-            made[tap.site],
+            operands[tap.image],
+            results[0],
             jax.random.key(0),
             5,
         )

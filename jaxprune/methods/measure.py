@@ -1,4 +1,4 @@
-"""Measurements on calibration batches: moments at taps, and gradients of gates.
+"""Calibration batches, and gradients of gates on them.
 
 Everything runs the traced program with static shapes under jit, so that a change of
 masks or weights compiles nothing anew; a last, smaller batch is padded and weighed.
@@ -6,7 +6,7 @@ masks or weights compiles nothing anew; a last, smaller batch is padded and weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.errors import DataError, ScoreError
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
-from jaxprune.graph.evaluate import Stop
-from jaxprune.methods.taps import Tap, by_kernel, rows_and_targets
+from jaxprune.methods.taps import Tap
 from jaxprune.records import Group
-from jaxprune.stats import moments as moments_lib
-from jaxprune.stats.moments import Moments
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -73,10 +70,10 @@ class Calibration:
                 yield (*_place(cut), _place(weight))
 
     @property
-    def examples(self) -> int:
-        return sum(
-            jax.tree.leaves(split_batch(b)[0])[0].shape[0] for b in self._batches
-        )
+    def count(self) -> int:
+        """How many batches it yields."""
+        sizes = [jax.tree.leaves(split_batch(b)[0])[0].shape[0] for b in self._batches]
+        return sum(-(-size // self.size) for size in sizes)
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
@@ -113,96 +110,6 @@ def _place(tree: Any) -> Any:
         return jax.device_put(array, NamedSharding(mesh, spec))
 
     return jax.tree.map(put, tree)
-
-
-# Moments ------------------------------------------------------------------------
-
-
-def measure_moments(
-    graph: ChannelGraph,
-    taps: Sequence[Tap],
-    original: Any,
-    current: Any,
-    calibration: Calibration,
-    *,
-    positions: int | None,
-    seed: int,
-) -> dict[str, Moments]:
-    """{kernel path: moments}: X in the current network, Y in the original one.
-
-    One pass over the calibration batches; the network is run only as far as the
-    last tap. Kernels used at several places gather all their uses.
-
-    Args:
-      graph: traced with inputs of the calibration's batch shape.
-      positions: samples an example and tap; None for all.
-    """
-    groups = by_kernel(taps)
-    step = jax.jit(_moment_step(graph, groups, positions), donate_argnums=0)
-    sums = {
-        path: moments_lib.zeros(uses[0].rows, uses[0].outputs)
-        for path, uses in groups.items()
-    }
-    key = jax.random.key(seed)
-    for number, (inputs, _, weight) in enumerate(calibration):
-        sums = step(
-            sums, original, current, inputs, weight, jax.random.fold_in(key, number)
-        )
-    return sums
-
-
-def _moment_step(graph: ChannelGraph, groups: Mapping[str, tuple[Tap, ...]], positions):
-    sites = {tap.site: tap for uses in groups.values() for tap in uses}
-
-    def step(sums, original, current, inputs, weight, key):
-        targets = capture(graph, original, inputs, sites, operand=False)
-        images = capture(graph, current, inputs, sites, operand=True)
-        result = dict(sums)
-        for number, (site, tap) in enumerate(sites.items()):
-            x, y = rows_and_targets(
-                tap,
-                graph.records[site].eqn,
-                images[site],
-                targets[site],
-                jax.random.fold_in(key, number),
-                positions,
-            )
-            weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)
-            result[tap.path] = moments_lib.update(
-                result[tap.path],
-                x.reshape(-1, tap.rows),
-                y.reshape(-1, tap.outputs),
-                weights,
-            )
-        return result
-
-    return step
-
-
-def capture(
-    graph: ChannelGraph,
-    variables: Any,
-    inputs: Sequence[Any],
-    sites: Mapping[Site, Tap],
-    *,
-    operand: bool,
-) -> dict[Site, jax.Array]:
-    """What the taps read (operand=True) or make, running no further than needed."""
-    found: dict[Site, jax.Array] = {}
-
-    def after(site, eqn, operands, results):
-        del eqn
-        if site in sites:
-            found[site] = operands[sites[site].image] if operand else results[0]
-            if len(found) == len(sites):
-                raise Stop
-        return results
-
-    try:
-        evaluate(graph.closed, tree_arguments(variables, inputs), after=after)
-    except Stop:
-        pass
-    return found
 
 
 # Gates --------------------------------------------------------------------------

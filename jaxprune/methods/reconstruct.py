@@ -16,7 +16,8 @@ from jaxprune import trees
 from jaxprune.criteria.redundancy import Fold, Redundancy
 from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
-from jaxprune.methods.measure import Calibration, measure_moments
+from jaxprune.methods.measure import Calibration
+from jaxprune.methods.relay import Relay
 from jaxprune.methods.taps import Tap, by_kernel
 from jaxprune.records import Group, Plan
 from jaxprune.slicing import mask_variables
@@ -110,20 +111,15 @@ def reconstruct(
     current, residuals = variables, {}
     keep: dict[str, np.ndarray] = {}
     measured: dict[str, Moments] = {}
+    relay = Relay(graph, variables, calibration, positions=positions)
+    of_group = [group_taps(taps, group) for group in groups]
     if passes == "single":
-        used = [tap for group in groups for tap in group_taps(taps, group)]
-        unique = list({tap.site: tap for tap in used}.values())
-        measured = measure_moments(
-            graph, unique, variables, variables, calibration,
-            positions=positions, seed=seed,
-        )  # fmt: skip
-    for number, group in enumerate(groups):
-        mine = group_taps(taps, group)
+        unique = {tap.site: tap for mine in of_group for tap in mine}
+        measured = relay.moments(list(unique.values()), variables, seed=seed)
+    for number, (group, mine) in enumerate(zip(groups, of_group, strict=True)):
         if mine and passes == "sequential":
-            measured = measure_moments(
-                graph, mine, variables, current, calibration,
-                positions=positions, seed=seed + number,
-            )  # fmt: skip
+            relay.advance([t for later in of_group[number:] for t in later], current)
+            measured = relay.moments(mine, current, seed=seed + number)
         leaves = trees.flatten(current)
         terms = measured_terms(group, mine, measured, leaves)
         choice = choose(group, terms, current)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.cpli import Chooser, LossTerm, chooser
-from jaxprune.methods.measure import Calibration, LossFn, measure_moments
+from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.reconstruct import (
     Choice,
     Progress,
@@ -27,6 +27,7 @@ from jaxprune.methods.reconstruct import (
     measured_terms,
     refit_consumers,
 )
+from jaxprune.methods.relay import measure_moments
 from jaxprune.methods.taps import Tap, find_taps
 from jaxprune.records import Group
 from jaxprune.slicing import mask_variables
