@@ -51,13 +51,15 @@ class DenseNet(nn.Module):
         x = nn.Conv(64, (7, 7), strides=2, use_bias=False, name="stem")(x)
         x = nn.max_pool(normed(x, "stem_bn"), (3, 3), (2, 2), "SAME")
         for b, count in enumerate(self.blocks):
+            parts = [x]  # every layer joins all before it, as published code does
             for k in range(count):
                 name = f"block{b}_{k}_"
-                y = normed(x, f"{name}bn1")
+                y = normed(jnp.concatenate(parts, -1), f"{name}bn1")
                 y = nn.Conv(4 * self.growth, (1, 1), use_bias=False, name=f"{name}1")(y)
                 y = normed(y, f"{name}bn2")
                 y = nn.Conv(self.growth, (3, 3), use_bias=False, name=f"{name}2")(y)
-                x = jnp.concatenate([x, y], -1)
+                parts.append(y)
+            x = jnp.concatenate(parts, -1)
             if b + 1 < len(self.blocks):
                 y = normed(x, f"down{b}_bn")
                 half = x.shape[-1] // 2
