@@ -6,12 +6,16 @@ count before them. A width that did not follow, or a branch on a shape that flip
 is found before anyone runs the model.
 """
 
+# JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -175,7 +179,7 @@ def _check_constants(full: jex.ClosedJaxpr, slim: jex.ClosedJaxpr) -> None:
             f"{len(slim.consts)}; a branch in its source depends on a size that changed"
         )
     for a, b in zip(full.consts, slim.consts, strict=True):
-        if a is b or jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended):
+        if a is b or jnp.issubdtype(a.dtype, jax.dtypes.extended):
             continue  # PRNG keys have no values to compare
         expected, found = np.asarray(a), np.asarray(b)
         for axis, size in enumerate(found.shape):
@@ -224,7 +228,9 @@ def _check_literals(eqn: jex.JaxprEqn, other: jex.JaxprEqn, here: Site) -> None:
     """Only real-valued constants (a mean's divisor) may depend on a size."""
     real = any(_is_a(var.aval, np.inexact) for var in eqn.outvars)
     for a, b in zip(eqn.invars, other.invars, strict=True):
-        if isinstance(a, jex.Literal) and not real and not _equal(a.val, b.val):
+        if real or not (isinstance(a, jex.Literal) and isinstance(b, jex.Literal)):
+            continue
+        if not np.array_equal(np.asarray(a.val), np.asarray(b.val)):
             raise EmissionError(
                 f"an operand of {eqn.primitive.name} {here} depends on a size that "
                 f"changed: expected {a.val}, found {b.val}; keep that group whole"
@@ -232,11 +238,7 @@ def _check_literals(eqn: jex.JaxprEqn, other: jex.JaxprEqn, here: Site) -> None:
 
 
 def _is_a(array: Any, kind: Any) -> bool:
-    return jax.dtypes.issubdtype(array.dtype, kind)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
+    return bool(jnp.issubdtype(array.dtype, kind))
 
 
 def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:
@@ -249,7 +251,7 @@ def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int,
 
 def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.ndarray:
     """bool array (n,): which indices of a node vector are kept."""
-    return np.append(mask, True)[graph.needs(axis)].all(1)
+    return np.asarray(np.append(mask, True)[graph.needs(axis)].all(1))
 
 
 def _check_starts(graph, mask, record, other, here) -> None:

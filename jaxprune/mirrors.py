@@ -51,7 +51,7 @@ def shrink_like(
     targets = trees.flatten(like) if like is not None else {}
     for path, leaf in leaves.items():
         variable = _variable(path, names)
-        shape = tuple(getattr(leaf, "shape", ()))
+        shape = _shape_of(leaf)
         if variable is None:
             result[path] = leaf
             continue
@@ -65,7 +65,7 @@ def shrink_like(
             leaf = take(leaf, axes)
         result[path] = leaf
     for path, target in targets.items():
-        shape, found = np.shape(target), np.shape(result.get(path))
+        shape, found = np.shape(target), _shape_of(result.get(path))
         if found != shape:
             variable = _variable(path, names)
             full = traced[variable].shape if variable else ()
@@ -80,6 +80,10 @@ def _variable(path: str, names: Mapping[str, str]) -> str | None:
     while name and name not in names:
         name = name.partition("/")[2]
     return names.get(name)
+
+
+def _shape_of(leaf: Any) -> tuple[int, ...]:
+    return tuple(getattr(leaf, "shape", ()))
 
 
 def _field(path: str) -> str | None:
@@ -113,7 +117,7 @@ def _dense(
     names = [path.replace(f"{field}/", f"{other}/", 1) for other in (_ROWS, _COLUMNS)]
     order = np.argsort(full)
     first, second = int(order[-1]), int(order[-2])
-    if np.shape(leaves.get(names[0])) != tuple(np.delete(full, first)):
+    if _shape_of(leaves.get(names[0])) != tuple(np.delete(full, first)):
         return None
     lefts = [[a for a in range(len(full)) if a != gone] for gone in (first, second)]
     rows, columns = (

@@ -9,6 +9,9 @@ mean of a normalisation), the constant stays the slim program's: it normalises o
 what is left.
 """
 
+# JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +26,17 @@ from jax.extend import core as jex
 from jaxprune import trees
 from jaxprune.graph import ChannelGraph, Record, Site
 from jaxprune.graph.evaluate import bind
-from jaxprune.graph.wiring import OPAQUE, Key, Wiring, scalars
-
-# Part of an array: an axis counted from the right, and bool (n,) on it; None for all.
-Region = tuple[int, np.ndarray] | None
+from jaxprune.graph.wiring import OPAQUE, Key, Wiring, scalars, shape_of
+from jaxprune.regions import (
+    NOWHERE,
+    Region,
+    dot_region,
+    is_zero,
+    mark,
+    moved,
+    overlap,
+    reaches,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +86,7 @@ def fold_constants(
                 continue
             by = old / new if name == "mul" else new / old
             push = _Push(wiring, graph.records)
-            push.edges.add((site, 1 - place, _mark(None)))
+            push.edges.add((site, 1 - place, mark(None)))
             if push.into(other, None) and push.closed() and not taken & push.touched:
                 factors += [Factor(path, by, part) for path, part in push.leaves]
                 folded |= sites
@@ -154,10 +164,6 @@ def _read_once(wiring: Wiring, key: Key | None) -> bool:
     return all(_read_once(wiring, k) for k in wiring.operands(site))
 
 
-def _mark(region: Region) -> Any:
-    return None if region is None else (region[0], region[1].tobytes())
-
-
 _SAME = frozenset(
     (
         *("neg", "convert_element_type", "copy", "copy_p", "stop_gradient"),
@@ -186,9 +192,9 @@ class _Push:
         if key is None:
             return False
         for other in self.parts.get(key, ()):
-            if _mark(other) == _mark(region):
+            if mark(other) == mark(region):
                 return True
-            if _overlap(other, region):
+            if overlap(other, region):
                 return False
         before = self._state()
         self.parts.setdefault(key, []).append(region)
@@ -203,7 +209,7 @@ class _Push:
     def closed(self) -> bool:
         """True if nothing reads a scaled part but what was pushed through."""
         return all(
-            (site, place, _mark(region)) in self.edges
+            (site, place, mark(region)) in self.edges
             or (site != OPAQUE and self._misses(site, region))
             for key, regions in self.parts.items()
             for region in regions
@@ -215,7 +221,7 @@ class _Push:
         eqn = self.wiring.equations[site]
         if eqn.primitive.name != "slice" or region is None:
             return False
-        rank = len(eqn.invars[0].aval.shape)
+        rank = len(shape_of(eqn.invars[0].aval))
         axis, mask = region
         start, stop = (
             eqn.params[name][rank + axis] for name in ("start_indices", "limit_indices")
@@ -230,7 +236,7 @@ class _Push:
         self.edges, self.parts, self.leaves = state
 
     def _push(self, site: Site, place: int, region: Region) -> bool:
-        edge = (site, place, _mark(region))
+        edge = (site, place, mark(region))
         known = edge in self.edges
         self.edges.add(edge)
         if self.into(self.wiring.operands(site)[place], region):
@@ -241,8 +247,10 @@ class _Push:
 
     def _through(self, site: Site, eqn: Any, result: int, region: Region) -> bool:
         name = eqn.primitive.name
-        shapes = [tuple(atom.aval.shape) for atom in eqn.invars]
-        out = tuple(eqn.outvars[result].aval.shape)
+        if not jnp.issubdtype(eqn.outvars[result].aval.dtype, jnp.inexact):
+            return False  # rounding to integers is not linear
+        shapes = [shape_of(atom.aval) for atom in eqn.invars]
+        out = shape_of(eqn.outvars[result].aval)
         if name in _SAME:
             return self._push(site, 0, region)
         if name in ("mul", "div"):
@@ -250,14 +258,14 @@ class _Push:
             pure = [value.pure for value in self.records[site].inputs]
             both = [0, 1] if pure[0] else [1, 0]
             places = [0] if name == "div" else both
-            fits = [p for p in places if region is None or _reaches(shapes[p], region)]
+            fits = [p for p in places if region is None or reaches(shapes[p], region)]
             return any(self._push(site, place, region) for place in fits)
         if name in ("add", "sub", "select_n"):
             first = 1 if name == "select_n" else 0
             return all(
-                _is_zero(eqn.invars[p])
+                is_zero(eqn.invars[p])
                 or (
-                    (region is None or _reaches(shapes[p], region))
+                    (region is None or reaches(shapes[p], region))
                     and self._push(site, p, region)
                 )
                 for p in range(first, len(shapes))
@@ -266,13 +274,13 @@ class _Push:
             return any(
                 self._push(site, place, part)
                 for place in (1, 0)
-                for part in [_dot_region(eqn, shapes, len(out), place, region)]
-                if part is None or part[1].size
+                for part in [dot_region(eqn, shapes, len(out), place, region)]
+                if part is not NOWHERE
             )
         if name == "concatenate":
             return self._concatenate(site, eqn, shapes, region)
-        moved = _moved(eqn, result, shapes[0], out, region)
-        return moved is not False and self._push(site, 0, moved)
+        part = moved(eqn, result, shapes[0], out, region)
+        return part is not NOWHERE and self._push(site, 0, part)
 
     def _concatenate(self, site: Site, eqn: Any, shapes: Any, region: Region) -> bool:
         rank, start = len(shapes[0]), 0
@@ -288,104 +296,3 @@ class _Push:
             if not self._push(site, place, part):
                 return False
         return True
-
-
-def _overlap(a: Region, b: Region) -> bool:
-    if a is None or b is None or a[0] != b[0]:
-        return True
-    return bool((a[1] & b[1]).any())
-
-
-def _reaches(shape: tuple[int, ...], region: tuple[int, np.ndarray]) -> bool:
-    """True if an operand has the region's axis at full length."""
-    axis, mask = region
-    return len(shape) >= -axis and shape[axis] == mask.size
-
-
-def _is_zero(atom: Any) -> bool:
-    return isinstance(atom, jex.Literal) and not np.any(atom.val)
-
-
-_NOWHERE = (-1, np.zeros(0, bool))
-
-
-def _dot_region(eqn, shapes, rank: int, place: int, region: Region) -> Region:
-    """The region of one operand that the region of a product comes from."""
-    if region is None:
-        return None
-    contract, batch = eqn.params["dimension_numbers"]
-    used = [{*contract[s], *batch[s]} for s in (0, 1)]
-    free = [[d for d in range(len(shapes[s])) if d not in used[s]] for s in (0, 1)]
-    dim = rank + region[0] - len(batch[0])
-    if dim < 0:
-        own = batch[place][dim + len(batch[0])]
-    elif place == 0 and dim < len(free[0]):
-        own = free[0][dim]
-    elif place == 1 and dim >= len(free[0]):
-        own = free[1][dim - len(free[0])]
-    else:
-        return _NOWHERE
-    return own - len(shapes[place]), region[1]
-
-
-def _moved(eqn, result: int, old: Any, new: Any, region: Region) -> Region | bool:
-    """The region of the operand of a layout primitive, or False."""
-    name, params, rank = eqn.primitive.name, eqn.params, len(old)
-    if name in ("slice", "split"):
-        if name == "slice":
-            if params["strides"] and any(s != 1 for s in params["strides"]):
-                return False
-            starts = params["start_indices"]
-        else:
-            starts = [0] * rank
-            starts[params["axis"]] = sum(params["sizes"][:result])
-        cut = [d for d in range(rank) if old[d] != new[d]]
-        if region is not None:
-            cut = sorted({*cut, rank + region[0]})
-        if len(cut) > 1:
-            return False
-        if not cut:
-            return region
-        mask = np.zeros(old[cut[0]], bool)
-        inside = slice(starts[cut[0]], starts[cut[0]] + new[cut[0]])
-        mask[inside] = True if region is None else region[1]
-        return cut[0] - rank, mask
-    if name not in (
-        "reshape",
-        "transpose",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "reduce_sum",
-    ):
-        return False
-    if region is None:
-        return None
-    dim, mask = len(new) + region[0], region[1]
-    if name == "transpose":
-        return params["permutation"][dim] - rank, mask
-    if name == "broadcast_in_dim":
-        target = list(params["broadcast_dimensions"])
-        if dim not in target or old[target.index(dim)] != mask.size:
-            return False
-        return target.index(dim) - rank, mask
-    if name == "reduce_sum":
-        left = [d for d in range(rank) if d not in params["axes"]]
-        return left[dim] - rank, mask
-    return _reshaped(old, new, dim, mask)
-
-
-def _reshaped(old: Any, new: Any, dim: int, mask: np.ndarray) -> Region | bool:
-    """Only the axes around the region change places with others: batch axes may not."""
-    shape = [1] * len(new)
-    shape[dim] = mask.size
-    lead = 0
-    while lead < min(len(old), dim) and old[lead] == new[lead]:
-        lead += 1
-    whole = np.broadcast_to(mask.reshape(shape[lead:]), new[lead:])
-    inner = whole.reshape(old[lead:])
-    for axis in range(inner.ndim):
-        rest = tuple(d for d in range(inner.ndim) if d != axis)
-        if (inner.all(rest) == inner.any(rest)).all():
-            return axis - inner.ndim, inner.any(rest)
-    return False

@@ -1,8 +1,9 @@
 """The channel graph: which slices of which arrays form a channel."""
 
 from jaxprune.graph.evaluate import evaluate, tree_arguments
-from jaxprune.graph.graph import ChannelGraph, Frozen, Outputs, build
+from jaxprune.graph.graph import ChannelGraph, build
 from jaxprune.graph.interpret import Record, Site, Value
+from jaxprune.graph.pins import Frozen, Outputs
 
 __all__ = [
     "ChannelGraph",

@@ -80,7 +80,8 @@ class Atoms:
 
     def _split(self, axis: np.ndarray, sizes: list[int]) -> list[Axis]:
         if len(sizes) <= 1:
-            return [axis][: len(sizes)]
+            whole: list[Axis] = [axis]
+            return whole[: len(sizes)]
         outer, inner = sizes[0], axis.size // sizes[0]
         table = axis.reshape(outer, inner)
         if (table == table[:1]).all():
@@ -101,10 +102,8 @@ class Atoms:
         return [head, *self._split(tail, sizes[1:])]
 
     def _pair(self, outer: Axis, outer_size: int, inner: Axis, inner_size: int) -> Axis:
-        if outer is None and inner is None:
-            return None
         if outer is None:
-            return np.tile(inner, outer_size)
+            return None if inner is None else np.tile(np.asarray(inner), outer_size)
         if inner is None:
             return np.repeat(outer, inner_size)
         return self._product(outer, inner)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -26,7 +27,7 @@ class Counter:
     most one channel; axes with product indices are counted one by one.
     """
 
-    matrix: sparse.csr_matrix
+    matrix: Any  # scipy.sparse, (axes, channels)
     constant: np.ndarray
     products: dict[int, np.ndarray]
 
@@ -90,7 +91,7 @@ class Ledger:
                 products[row] = needs
         rows = np.concatenate(ones or [np.zeros(0, int)])
         columns = np.concatenate(units or [np.zeros(0, int)])
-        matrix = sparse.coo_matrix(
+        matrix = sparse.coo_array(
             (np.ones(rows.size, np.int64), (rows, columns)),
             shape=(len(self._tables), max(self._units, 1)),
         )

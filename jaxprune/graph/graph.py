@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,31 +13,24 @@ from jax.extend import core as jex
 
 from jaxprune import trees
 from jaxprune.conv import plain_convolutions
-from jaxprune.errors import GraphError, PlanError, PruneError, first_line
+from jaxprune.errors import GraphError, PlanError, PruneError
 from jaxprune.graph import channels as channels_lib
 from jaxprune.graph.atoms import Atoms, Classes
 from jaxprune.graph.counts import Counter, Ledger, Terms, contraction_dims
 from jaxprune.graph.describe import describe, explain
 from jaxprune.graph.failures import trace_error
 from jaxprune.graph.interpret import Record, Site, Value, Walk
+from jaxprune.graph.pins import (
+    OUTPUT,
+    Frozen,
+    Outputs,
+    fixed_outputs,
+    frozen_axes,
+    pin_ignored,
+    pin_unused,
+)
 from jaxprune.graph.rules import RULES
 from jaxprune.records import Group, Plan
-
-# Which outputs stay as they are: name patterns, or a function that picks from them.
-Outputs = str | Sequence[str] | Callable[[Any], Any] | None
-
-OUTPUT = "it is an output of the model"
-UNUSED = "the forward pass does not read it"
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """An axis on which nothing can be removed, and why."""
-
-    path: str
-    axis: int
-    size: int
-    reason: str
 
 
 @dataclass(eq=False)
@@ -128,6 +120,7 @@ class ChannelGraph:
                 + f"\nthis graph has {list(sizes)[:8]}; make the plan from it with "
                 "jp.select"
             )
+        assert isinstance(plan, Plan)
         keep = {n: plan.keep.get(n, np.arange(s)) for n, s in sizes.items()}
         return Plan(keep, sizes)
 
@@ -285,13 +278,13 @@ def build(
     others = jax.tree_util.tree_leaves(structs[1])
     given = [Value((None,) * len(leaf.shape)) for leaf in others]
     results = walk.closed(closed, [*values.values(), *given])
-    for value, fixed in zip(results, _fixed(returned, outputs), strict=True):
+    for value, fixed in zip(results, fixed_outputs(returned, outputs), strict=True):
         if fixed:
             walk.pin(value.axes, OUTPUT)
-    _pin_unused(walk, closed, values)
+    pin_unused(walk, closed, values)
     records = dict(sorted(walk.records.items()))
     roles = channels_lib.roles(atoms, list(records.values()), owners)
-    _pin_ignored(walk, values, ignore, roles[0])
+    pin_ignored(walk, values, ignore, roles[0])
     if strict and walk.unknown:
         name, where = next(iter(walk.unknown.items()))
         raise GraphError(
@@ -302,7 +295,7 @@ def build(
     channels = channels_lib.build(classes, values, *roles)
     return ChannelGraph(
         groups=channels.groups,
-        frozen=_frozen(atoms, classes, values, channels),
+        frozen=frozen_axes(atoms, classes, values, channels),
         unknown=dict(walk.unknown),
         handle=handle,
         variables=variables,
@@ -324,105 +317,3 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     array = np.asarray(leaf)
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
-
-
-def _pin_unused(
-    walk: Walk, closed: jex.ClosedJaxpr, values: Mapping[str, Value]
-) -> None:
-    read = {id(var) for eqn in closed.jaxpr.eqns for var in eqn.invars}
-    read |= {id(var) for var in closed.jaxpr.outvars}
-    for var, value in zip(closed.jaxpr.invars, values.values(), strict=False):
-        if id(var) not in read:
-            walk.pin(value.axes, UNUSED)
-
-
-def _fixed(returned: Any, outputs: Outputs) -> list[bool]:
-    """Per flat output, whether it keeps its shape."""
-    paths = list(trees.flatten(returned))
-    if outputs is None:
-        return [True] * len(paths)
-    if callable(outputs):
-        numbered = jax.tree.unflatten(jax.tree.structure(returned), range(len(paths)))
-        try:
-            picked = set(jax.tree.leaves(outputs(numbered)))
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise GraphError(
-                f"outputs= could not pick from what the model returns: "
-                f"{type(error).__name__}: {first_line(error)}; the outputs are named "
-                f"{paths[:6]}"
-            ) from error
-        return [number in picked for number in range(len(paths))]
-    patterns = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    fixed = [False] * len(paths)
-    for pattern in patterns:
-        hits = [
-            fnmatch.fnmatchcase(path, pattern)
-            or fnmatch.fnmatchcase(path, f"{pattern}/*")
-            for path in paths
-        ]
-        if not any(hits):
-            raise GraphError(
-                f"outputs={pattern!r} matches none of the model's outputs; they are "
-                f"named {paths[:6]}"
-            )
-        fixed = [a or b for a, b in zip(fixed, hits, strict=True)]
-    return fixed
-
-
-def _pin_ignored(
-    walk: Walk,
-    values: Mapping[str, Value],
-    ignore: Sequence[str],
-    role_of: Mapping[tuple[str, int], Any],
-) -> None:
-    """Freezes what the patterns name: a leaf, or any part of a path.
-
-    What a layer makes stays whole; what it reads may shrink.
-    """
-    for pattern in ignore:
-        hits = [
-            path
-            for path in values
-            if fnmatch.fnmatchcase(path, pattern)
-            or fnmatch.fnmatchcase(path, f"{pattern}/*")
-            or fnmatch.fnmatchcase(path, f"*/{pattern}/*")
-        ]
-        if not hits:
-            raise GraphError(
-                f"ignore={pattern!r} matches no leaf; leaves are named like "
-                f"{list(values)[:3]}"
-            )
-        for path in hits:
-            for dim, axis in enumerate(values[path].axes):
-                if role_of.get((path, dim)) != "consumer":
-                    walk.pin([axis], f"ignore={pattern!r}")
-
-
-def _frozen(
-    atoms: Atoms,
-    classes: Classes,
-    values: Mapping[str, Value],
-    channels: channels_lib.Channels,
-) -> tuple[Frozen, ...]:
-    reason: dict[int, str] = {}
-    for axis, why in atoms.pins:
-        for label in np.unique(classes.label[axis]):
-            reason.setdefault(int(label), why)
-    found = []
-    for path, value in values.items():
-        for dim, axis in enumerate(value.axes):
-            if axis is None or (path, dim) in channels.places:
-                continue
-            labels = np.unique(classes.label[axis])
-            whys = [reason[int(c)] for c in labels if int(c) in reason]
-            text = max(set(whys), key=whys.count) if whys else _lonely(classes, labels)
-            found.append(Frozen(path, dim, axis.size, text))
-    return tuple(found)
-
-
-def _lonely(classes: Classes, labels: np.ndarray) -> str:
-    if classes.frozen[labels].any():
-        return "it is part of a reshape whose other part is frozen"
-    if labels.size > 1:
-        return "no variable makes its channels: they are copies or constants"
-    return "all its indices form one channel, which cannot be removed"

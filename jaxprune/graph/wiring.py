@@ -1,5 +1,8 @@
 """Who makes and who reads each array of a traced program, across its calls."""
 
+# JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -7,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
 from jaxprune.graph.evaluate import CALLS
@@ -118,27 +121,35 @@ def scalars(
     that follow from literals alone and differ between the two programs."""
     found: dict[Key, tuple[float, float, frozenset[Site]]] = {}
     for site, eqn in wiring.equations.items():
-        if len(eqn.outvars) != 1 or eqn.outvars[0].aval.shape or site not in literals:
+        name, avals = eqn.primitive.name, [var.aval for var in eqn.outvars]
+        if (
+            name in CALLS
+            or site not in literals
+            or len(avals) != 1
+            or shape_of(avals[0])
+        ):
             continue
-        pairs, sites = [], set()
+        pairs: list[tuple[Any, Any]] = []
+        sites: set[Site] = set()
         keys = wiring.operands(site)
         for atom, key, new in zip(eqn.invars, keys, literals[site], strict=True):
-            if key is None:
+            if isinstance(atom, jex.Literal):
                 pairs.append((atom.val, new))
                 sites |= {site} if bool(atom.val != new) else set()
             elif key in found:
                 pairs.append(found[key][:2])
                 sites |= found[key][2]
-        if len(pairs) != len(keys) or not sites or eqn.primitive.name in CALLS:
+        if len(pairs) != len(keys) or not sites:
             continue
-        dtypes = [atom.aval.dtype for atom in eqn.invars]
+        dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
         old, new = (
-            float(
-                bind(eqn, [jax.numpy.asarray(p[k], d) for p, d in zip(pairs, dtypes)])[
-                    0
-                ]
-            )
+            float(bind(eqn, [jnp.asarray(p[k], d) for p, d in zip(pairs, dtypes)])[0])
             for k in (0, 1)
         )
         found[site[:-1], eqn.outvars[0]] = (old, new, frozenset(sites))
     return found
+
+
+def shape_of(aval: Any) -> tuple[int, ...]:
+    """The shape of an abstract value."""
+    return tuple(aval.shape)
