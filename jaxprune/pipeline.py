@@ -101,8 +101,10 @@ def prune(
     asked = budgets.one_budget(macs=macs, params=params, bytes=bytes, keep=keep)
     if asked is None and method != "importance_redundancy":
         raise BudgetError("no budget: pass macs=, params=, bytes= or keep=")
-    given = (model,) if variables is None else (model, variables)
-    graph = trace(*given, data.inputs, apply=apply, ignore=ignore)
+    if variables is None:
+        graph = trace(model, data.inputs, apply=apply, ignore=ignore)
+    else:
+        graph = trace(model, variables, data.inputs, apply=apply, ignore=ignore)
     full = {g.name: np.arange(g.size) for g in graph.groups}
     half = {name: index[: max(1, index.size // 2)] for name, index in full.items()}
     _, stuck = follow(graph, graph.complete(half))

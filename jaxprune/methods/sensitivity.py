@@ -93,8 +93,8 @@ def curve(counts: Sequence[int], losses: Sequence[float], size: int) -> np.ndarr
     Linear in the logarithm between the measured counts and below the first (along the
     first two), linear in the loss above the last. Never rising: what rises is noise.
     """
-    losses = np.maximum.accumulate(np.maximum(losses, 1e-12)[::-1])[::-1]
-    logs = np.log(losses)
+    falling = np.maximum.accumulate(np.maximum(losses, 1e-12)[::-1])[::-1]
+    logs = np.log(falling)
     every = np.arange(size + 1)
     found = np.exp(np.interp(every, counts, logs))
     if len(counts) > 1:
@@ -103,7 +103,7 @@ def curve(counts: Sequence[int], losses: Sequence[float], size: int) -> np.ndarr
         found[below] = np.exp(logs[0] + slope * (every[below] - counts[0]))
     above = every > counts[-1]
     share = (every[above] - counts[-1]) / (size - counts[-1])
-    found[above] = losses[-1] * (1 - share)
+    found[above] = falling[-1] * (1 - share)
     return found
 
 
