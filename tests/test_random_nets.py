@@ -296,6 +296,8 @@ def test_slim_equals_masked_on_random_networks(ops, seed):
 @given(networks, st.integers(0, 99))
 def test_slim_equals_masked_on_a_thousand_random_networks(ops, seed):
     prove(ops, seed)
+    if seed % 8 == 0:  # compiled programs of a thousand networks fill the memory
+        jax.clear_caches()
 
 
 def test_a_surgeon_who_slips_by_one_is_found_on_a_random_network(monkeypatch):
