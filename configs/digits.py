@@ -31,6 +31,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 preset=args.preset,
                 entropy_threshold=0.3 if redundancy else None,
                 similarity_threshold=0.8 if redundancy else None,
+                # Vector units and tensor cores waste what is no multiple of 8.
+                round_to=8,
                 layer_epochs=2 if redundancy else 0,
             ),
             finetune=Training(

@@ -11,7 +11,9 @@ import jaxprune as jp
 from jaxprune import models, trees
 from jaxprune.errors import GraphError
 
-NO_CHANNEL_NORM = [name for name in ZOO if name != "vgg16_seed" and "vit" not in name]
+# Normalisations over channels react to any of them. At test width the last layers of
+# vgg16_seed, 13 without BatchNorm, no longer see its input.
+NO_CHANNEL_NORM = [n for n in ZOO if n != "vgg16_seed" and not n.startswith("vit")]
 
 
 def _set(leaf, slot, channel, value):
@@ -42,7 +44,7 @@ def test_groups_are_what_perturbation_finds(name):
     model, variables, x = make(name)
     graph = jp.trace(model, variables, x)
     rng = np.random.default_rng(0)
-    chosen = rng.permutation(len(graph.groups))[:4]
+    chosen = rng.permutation(len(graph.groups))[:2]
     for group in (graph.groups[k] for k in chosen):
         channel = int(rng.integers(group.size))
         assert _silenced_is_deaf(graph, variables, x, group, channel), group.name
