@@ -71,7 +71,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, arguments, text):
 def test_an_interrupted_run_says_so_and_ends_like_one_that_was_not(tmp_path):
     options = [
         "--config=configs/digits.py:runlocal,method=l1",
-        "--config.train.epochs=6",
+        "--config.train.epochs=4",
     ]
     workdir = tmp_path / "w"
     process = subprocess.Popen(
