@@ -6,14 +6,13 @@ to prepare. Expected: 98 % of the test scans before pruning.
 
 from ml_collections import ConfigDict
 
-from jaxprune.arguments import parse_arguments, to_config
-from jaxprune.options import Calibration, Options, Pruning, Training
+from jaxprune.arguments import job_arguments, pruning, to_config
+from jaxprune.options import Calibration, Options, Training
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration; `arg` is what follows the file's name and a colon."""
-    args = parse_arguments(arg, method="cpli", macs=0.5, preset="", runlocal=False)
-    redundancy = args.method == "importance_redundancy"
+    args = job_arguments(arg)
     config = to_config(
         Options(
             data="digits",
@@ -22,19 +21,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             train=Training(
                 epochs=20, batch_size=64, learning_rate=0.05, weight_decay=0.001
             ),
-            # importance_redundancy estimates entropies and correlations.
             calibration=Calibration(examples=1000),
-            prune=Pruning(
-                method=args.method,
-                # The share that remains; importance_redundancy has its thresholds.
-                macs=None if redundancy else args.macs,
-                preset=args.preset,
-                entropy_threshold=0.3 if redundancy else None,
-                similarity_threshold=0.8 if redundancy else None,
-                # Vector units and tensor cores waste what is no multiple of 8.
-                round_to=8,
-                layer_epochs=2 if redundancy else 0,
-            ),
+            prune=pruning(args, layer_epochs=2),
             finetune=Training(
                 epochs=8, batch_size=64, learning_rate=0.02, weight_decay=0.001
             ),

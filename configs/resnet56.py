@@ -9,13 +9,13 @@ reports for this network and recipe.
 
 from ml_collections import ConfigDict
 
-from jaxprune.arguments import parse_arguments, to_config
-from jaxprune.options import Calibration, Options, Pruning, Training
+from jaxprune.arguments import job_arguments, pruning, to_config
+from jaxprune.options import Calibration, Options, Training
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration; `arg` is what follows the file's name and a colon."""
-    args = parse_arguments(arg, method="cpli", macs=0.5, preset="", runlocal=False)
+    args = job_arguments(arg)
     redundancy = args.method == "importance_redundancy"
     config = to_config(
         Options(
@@ -31,17 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             ),
             # importance_redundancy estimates entropies and correlations.
             calibration=Calibration(examples=10_000 if redundancy else 5000),
-            prune=Pruning(
-                method=args.method,
-                # The share that remains; importance_redundancy has its thresholds.
-                macs=None if redundancy else args.macs,
-                preset=args.preset,
-                entropy_threshold=0.3 if redundancy else None,
-                similarity_threshold=0.8 if redundancy else None,
-                # Vector units and tensor cores waste what is no multiple of 8.
-                round_to=8,
-                layer_epochs=3 if redundancy else 0,
-            ),
+            prune=pruning(args, layer_epochs=3),
             finetune=Training(
                 epochs=40,
                 batch_size=128,

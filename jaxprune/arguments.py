@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jaxprune.errors import ConfigError
-from jaxprune.options import Options
+from jaxprune.options import Options, Pruning
 
 Value = bool | int | float | str
 
@@ -54,6 +54,39 @@ def parse_arguments(text: str | None, **defaults: Value) -> SimpleNamespace:
             )
         values[name] = _convert(name, value if equals else None, defaults[name])
     return SimpleNamespace(**values)
+
+
+def job_arguments(text: str | None) -> SimpleNamespace:
+    """The arguments that every config file here takes.
+
+    `macs` is None for importance_redundancy where it is not given: its thresholds
+    decide then.
+    """
+    args = parse_arguments(text, method="cpli", macs=0.5, preset="", runlocal=False)
+    given = {part.partition("=")[0].strip() for part in (text or "").split(",")}
+    if args.method == "importance_redundancy" and "macs" not in given:
+        args.macs = None
+    return args
+
+
+def pruning(args: SimpleNamespace, *, layer_epochs: int) -> Pruning:
+    """What `args` ask for, with the thresholds that importance_redundancy starts from.
+
+    Args:
+      layer_epochs: of fine-tuning after each layer, for importance_redundancy.
+    """
+    # Vector units and tensor cores waste what is no multiple of 8.
+    common = Pruning(args.method, macs=args.macs, preset=args.preset, round_to=8)
+    if args.method != "importance_redundancy":
+        return common
+    return dataclasses.replace(
+        common,
+        entropy_threshold=0.3,
+        similarity_threshold=0.8,
+        layer_epochs=layer_epochs,
+        # The script trains all its epochs after each layer.
+        layer_patience=None if args.preset else 1,
+    )
 
 
 def to_config(options: Options) -> ConfigDict:

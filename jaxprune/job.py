@@ -30,8 +30,9 @@ from jaxprune.workdir import Workdir
 Progress = Callable[[str, int, int], None]
 # Fields of `options.Pruning` that `prune` takes by the same name, if they are set.
 _METHOD_OPTIONS = (
-    "entropy_threshold", "similarity_threshold", "round_to", "min_keep", "strategy",
-    "allocation", "mu", "feature_importance", "refit", "passes", "positions", "ridge",
+    "entropy_threshold", "similarity_threshold", "importance", "bins", "pairing",
+    "spatial", "fold", "round_to", "min_keep", "strategy", "allocation", "mu",
+    "feature_importance", "refit", "passes", "positions", "ridge",
 )  # fmt: skip
 STAGES = ("base", "prune", "finetune", "evaluate")
 
@@ -76,6 +77,12 @@ def _prepare(options: Options, workdir: Workdir, on_progress: Progress) -> Setti
         raise ConfigError(
             f"prune.method={options.prune.method!r} is unknown; choose one of "
             f"{', '.join(known)}"
+        )
+    importance = options.prune.importance
+    if importance is not None and importance not in CRITERIA:
+        raise ConfigError(
+            f"prune.importance={importance!r} is unknown; choose one of "
+            f"{', '.join(CRITERIA)}"
         )
     create_model(options, num_classes=10)
     for training in (options.train, options.finetune):
@@ -164,7 +171,10 @@ def _layer_finetune(setting: Setting) -> Callable[[Any, Any], Any] | None:
     if not epochs:
         return None
     training = dataclasses.replace(
-        setting.options.finetune, epochs=epochs, distill_weight=0.0
+        setting.options.finetune,
+        epochs=epochs,
+        patience=setting.options.prune.layer_patience,
+        distill_weight=0.0,
     )
 
     def finetune(model: Any, variables: Any) -> Any:

@@ -33,6 +33,7 @@ class Training:
     ema: float = 0.0
     distill_weight: float = 0.0
     temperature: float = 4.0
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Pruning:
       preset: "" or, for importance_redundancy, "seed".
       entropy_threshold: of importance_redundancy.
       similarity_threshold: of importance_redundancy.
+      importance: of importance_redundancy, "entropy" or a criterion's name.
+      bins: of importance_redundancy, "shared" or "range".
+      pairing: of importance_redundancy, "clusters" or "pairs".
+      spatial: of importance_redundancy, correlate over space as well.
+      fold: of importance_redundancy, survivors take over their twins' weights.
       round_to: widths are multiples of it (8 for tensor cores and vector units).
       min_keep: channels that every group keeps at least.
       strategy: of criteria, "uniform", "global" or "isomorphic".
@@ -65,7 +71,8 @@ class Pruning:
       passes: "sequential" or "single".
       positions: samples an image and layer, 0 for all.
       ridge: of the refit; None for the rule.
-      layer_epochs: epochs of fine-tuning after each layer, 0 for none.
+      layer_epochs: epochs of fine-tuning after each layer at most, 0 for none.
+      layer_patience: `patience` of that fine-tuning, see `jaxprune.train.fit`.
       recalibrate: measure BatchNorm statistics afresh on the pruned network.
     """
 
@@ -75,6 +82,11 @@ class Pruning:
     preset: str = ""
     entropy_threshold: float | None = None
     similarity_threshold: float | None = None
+    importance: str | None = None
+    bins: str | None = None
+    pairing: str | None = None
+    spatial: bool | None = None
+    fold: bool | None = None
     ignore: str | None = None
     round_to: int | None = None
     min_keep: int | None = None
@@ -87,6 +99,7 @@ class Pruning:
     positions: int | None = None
     ridge: float | None = None
     layer_epochs: int = 0
+    layer_patience: int | None = None
     recalibrate: bool = False
 
 
@@ -204,6 +217,7 @@ _TRAINING = {
     "ema": _SHARE,
     "distill_weight": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "temperature": _POSITIVE,
+    "patience": _at_least(1),
 }
 _RANGES = {
     "image_size": _at_least(1),
@@ -233,10 +247,20 @@ _RANGES = {
     "prune.passes": _one_of("sequential", "single"),
     "prune.strategy": _one_of("uniform", "global", "isomorphic"),
     "prune.allocation": _one_of("uniform", "sensitivity"),
+    "prune.bins": _one_of("shared", "range"),
+    "prune.pairing": _one_of("clusters", "pairs"),
     "prune.layer_epochs": _at_least(0),
+    "prune.layer_patience": _at_least(1),
     **{f"train.{name}": rule for name, rule in _TRAINING.items()},
     **{f"finetune.{name}": rule for name, rule in _TRAINING.items()},
 }
+
+
+# What importance_redundancy alone takes.
+_REDUNDANCY = (
+    "preset", "entropy_threshold", "similarity_threshold", "importance", "bins",
+    "pairing", "spatial", "fold",
+)  # fmt: skip
 
 
 def range_problems(options: Options) -> list[str]:
@@ -255,6 +279,16 @@ def range_problems(options: Options) -> list[str]:
             f"prune.macs={prune.macs}, prune.params={prune.params}: the thresholds of "
             "the preset decide what remains; set both to None"
         )
+    patient = {
+        "train.patience": options.train.patience,
+        "finetune.patience": options.finetune.patience,
+        "prune.layer_patience": prune.layer_patience,
+    }
+    for name, value in patient.items():
+        if value is not None and not options.validation:
+            problems.append(
+                f"{name}={value} needs validation examples: set validation above 0"
+            )
     if budgets > 1 or (not redundancy and budgets == 0):
         problems.append(
             f"prune.macs={prune.macs}, prune.params={prune.params}: give exactly one "
@@ -263,7 +297,7 @@ def range_problems(options: Options) -> list[str]:
     if not redundancy:
         given = [
             f"prune.{name}={value!r}"
-            for name in ("preset", "entropy_threshold", "similarity_threshold")
+            for name in _REDUNDANCY
             if (value := getattr(prune, name)) not in ("", None)
         ]
         if given:

@@ -292,7 +292,7 @@ class _Run:
         if self.method == "importance_redundancy":
             return importance_redundancy(
                 graph, variables, self.data, counts,
-                fallback=score(graph, variables, "l2"),
+                fallback=score(graph, variables, "l2"), loss_fn=self.loss_fn,
                 order=conv_order(graph) if order is None else order, **common,
             )  # fmt: skip
         assert plan is not None

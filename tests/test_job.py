@@ -213,6 +213,17 @@ def test_importance_redundancy_writes_the_statistics_file_of_the_script(
         ({"model": "vgg17"}, ConfigError, "unknown model 'vgg17'"),
         ({"model": "cifar_vgg16_bn"}, ConfigError, "does not take images of"),
         ({"prune": {"method": "cpl"}}, ConfigError, "prune.method='cpl' is unknown"),
+        (
+            {
+                "prune": {
+                    "method": "importance_redundancy",
+                    "macs": 0.5,
+                    "importance": "entropie",
+                }
+            },
+            ConfigError,
+            "prune.importance='entropie' is unknown",
+        ),
         ({"init_from": "/no/such"}, PruneError, "there is no checkpoint at /no/such"),
     ],
 )

@@ -70,6 +70,11 @@ def test_options_come_back_from_their_mapping():
             "thresholds of the preset decide what remains",
         ),
         ({"finetune": {"optimizer": "lion"}}, "finetune.optimizer='lion': must be"),
+        ({"prune": {"fold": False}}, "prune.fold=False: only for prune.method='impo"),
+        (
+            {"validation": 0.0, "finetune": {"patience": 2}},
+            "finetune.patience=2 needs validation examples",
+        ),
         ({"dtype": "float16"}, "dtype='float16': must be 'float32' or 'bfloat16'"),
     ],
 )
@@ -95,7 +100,14 @@ def get_config(name: str, arg: str | None = None):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.py")))
 @pytest.mark.parametrize(
-    "arg", [None, "runlocal", "method=importance_redundancy,preset=seed", "macs=0.3"]
+    "arg",
+    [
+        None,
+        "runlocal",
+        "macs=0.3",
+        "method=importance_redundancy,preset=seed",
+        "method=importance_redundancy,macs=0.4",
+    ],
 )
 def test_every_config_names_every_option_and_is_valid(name, arg):
     config = get_config(name, arg)
@@ -111,6 +123,9 @@ def test_every_config_names_every_option_and_is_valid(name, arg):
         assert options.prune.macs == 0.3
     if arg and arg.startswith("method"):
         assert options.prune.method == "importance_redundancy"
+        assert (options.prune.preset == "seed") == ("preset" in arg)
+        assert options.prune.macs == (0.4 if "macs" in arg else None)
+        assert options.prune.layer_patience == (None if "preset" in arg else 1)
         assert options.calibration.examples >= 10_000 or name == "digits"
 
 

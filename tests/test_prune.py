@@ -265,6 +265,105 @@ def test_planted_twins_go_and_the_output_stays(refit):
     np.testing.assert_allclose(*outputs, atol=1e-4)
 
 
+class _Tanh(nn.Module):
+    """An odd activation: a negated filter gives a negated channel."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Dense(12, name="a")(x))
+        x = jnp.tanh(nn.Dense(12, name="b")(x))
+        return nn.Dense(4, name="c")(x)
+
+
+def _negated():
+    """In both layers 7 copies 2, 8 is minus 4, 9 minus 2, 10 is dead."""
+    x = np.random.default_rng(3).normal(size=(256, 6)).astype(np.float32)
+    variables = jax.tree.map(np.array, _Tanh().init(jax.random.key(0), x[:1]))
+    for layer in "ab":
+        kernel = variables["params"][layer]["kernel"]
+        kernel[:, 7], kernel[:, 8], kernel[:, 9] = (
+            kernel[:, 2],
+            -kernel[:, 4],
+            -kernel[:, 2],
+        )
+        kernel[:, 10] = 0.0
+    return _Tanh(), jax.tree.map(jnp.asarray, variables), x
+
+
+def test_planted_copies_negatives_and_dead_channels_go_by_thresholds_alone():
+    model, variables, x = _negated()
+    slim = jp.prune(
+        model, variables, [(x, None)], method="importance_redundancy",
+        similarity_threshold=0.999, refit="none",
+    )  # fmt: skip
+    for layer in "ab":
+        kept = set(slim.plan[layer].tolist())
+        assert len(kept) == 8 and 10 not in kept
+        assert len(kept & {2, 7, 9}) == len(kept & {4, 8}) == 1
+    outputs = model.apply(variables, x), slim.model.apply(slim.variables, x)
+    np.testing.assert_allclose(*outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "exact"),
+    [
+        ({"fold": False}, 8, False),
+        ({"pairing": "pairs"}, 9, True),  # the cluster of three keeps two
+        ({"importance": "l1"}, 8, True),
+        ({"importance": "taylor"}, 8, True),
+        ({"spatial": False}, 8, True),
+        ({"bins": "range", "entropy_threshold": 0.0}, 9, True),  # the dead one stays
+        ({"entropy_threshold": 0.0}, 9, True),
+        ({"fold": False, "refit": "lstsq", "ridge": 0.0, "positions": None}, 8, True),
+    ],
+)
+def test_each_repair_is_a_switch_of_its_own(changes, count, exact):
+    model, variables, x = _negated()
+    y = np.random.default_rng(0).integers(0, 4, len(x))
+    options = {"similarity_threshold": 0.999, "refit": "none", **changes}
+    slim = jp.prune(
+        model, variables, [(x, y)], method="importance_redundancy", **options
+    )
+    assert {len(kept) for kept in slim.plan.values()} == {count}
+    outputs = model.apply(variables, x), slim.model.apply(slim.variables, x)
+    gap = float(jnp.abs(outputs[0] - outputs[1]).max())
+    assert gap < 1e-4 if exact else gap > 1e-2
+
+
+def test_the_more_important_twin_survives_by_any_criterion():
+    model, variables, x = _negated()
+    importance = jp.score(jp.trace(model, variables, x), variables, "l1")["a"]
+    slim = jp.prune(
+        model, variables, [(x, None)], method="importance_redundancy",
+        similarity_threshold=0.999, importance="l1",
+    )  # fmt: skip
+    best = max((2, 7, 9), key=lambda c: (importance[c], -c))
+    assert best in slim.plan["a"]
+    with pytest.raises(ScoreError, match="no criterion 'l3'"):
+        jp.prune(
+            model, variables, [(x, None)], method="importance_redundancy",
+            importance="l3",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"bins": "even"}, "bins must be 'shared' or 'range'; found 'even'"),
+        ({"pairing": "triples"}, "pairing must be 'clusters' or 'pairs'"),
+        ({"preset": "sed"}, "preset must be 'seed' or nothing"),
+        ({"preset": "seed", "fold": False}, "fixes fold: leave out the preset"),
+        ({"preset": "seed", "macs": 0.5}, "leave out macs"),
+    ],
+)
+def test_wrong_options_of_importance_redundancy_are_named(options, error):
+    model, variables, x = _negated()
+    with pytest.raises(ConfigError, match=error):
+        jp.prune(
+            model, variables, [(x, None)], method="importance_redundancy", **options
+        )
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [("cpli", {"mu": 0.0, "feature_importance": False}), ("lasso", {})],

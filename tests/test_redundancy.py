@@ -185,6 +185,23 @@ def test_clusters_find_planted_twins_and_keep_the_important():
         red.clusters(np.eye(4), np.ones(3), threshold=0.5)
 
 
+def test_pairs_keep_the_important_and_leave_the_third_copy():
+    x = planted()
+    importance = x.std(0).round(6)
+    found = red.pairs(red.pearson_matrix(x), importance, threshold=0.9)
+    assert found.removed.size == 3  # of the cluster 0, 6, 9 one pair only
+    kept = dict(zip(found.removed.tolist(), found.survivor.tolist(), strict=True))
+    assert (importance[found.survivor] >= importance[found.removed]).all()
+    assert kept[1] == 7 and kept[8] == 2  # equals: the higher index dies
+    reverse = red.pairs(red.pearson_matrix(x), -importance, threshold=0.9)
+    assert dict(zip(reverse.removed, reverse.survivor, strict=True))[7] == 1
+    assert red.pairs(np.eye(4), np.ones(4), threshold=0.5).removed.size == 0
+    capped = red.pairs(red.pearson_matrix(x), importance, threshold=0.9, most=1)
+    assert capped.removed.size == 1
+    with pytest.raises(ScoreError, match=r"importance \(C,\)"):
+        red.pairs(np.eye(4), np.full(4, np.nan), threshold=0.5)
+
+
 def test_members_are_close_to_their_survivor_not_to_a_chain():
     a = np.deg2rad([0, 20, 40, 60, 80])
     similarity = np.cos(a[:, None] - a[None])

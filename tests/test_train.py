@@ -16,7 +16,7 @@ from jaxprune import trees
 from jaxprune.data import batches, load
 from jaxprune.data.dataset import Dataset
 from jaxprune.errors import ConfigError, DataError, PruneError
-from jaxprune.train import evaluate, fit, recalibrate_batch_norm
+from jaxprune.train import evaluate, fit, loop, recalibrate_batch_norm
 from jaxprune.train.step import distillation
 
 
@@ -141,6 +141,67 @@ def test_fit_learns_and_leaves_the_callers_arrays_alone(data, start):
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["learning_rate"] == pytest.approx(0, abs=1e-6)
     json.dumps(records)
+
+
+class Scripted:
+    """Stands in for the evaluator: accuracies of the start and of each epoch."""
+
+    def __init__(self, accuracies):
+        self.accuracies, self.seen = list(accuracies), []
+
+    def __call__(self, variables, split, size):
+        self.seen.append(jax.device_get(variables))
+        return {"accuracy": self.accuracies[len(self.seen) - 1]}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "epochs", "best"),
+    [
+        ([0.1, 0.3, 0.5, 0.5, 0.4, 0.9], 4, 2),  # two epochs without a better one
+        ([0.9, 0.3, 0.4], 2, 0),  # what was given is best
+        ([0.1, 0.2, 0.1, 0.3, 0.2, 0.4], 5, 5),
+    ],
+)
+def test_early_stopping_returns_the_best_epoch(
+    data, start, monkeypatch, accuracies, epochs, best
+):
+    script = Scripted(accuracies)
+    monkeypatch.setattr(loop, "make_evaluator", lambda model, transform: script)
+    records = []
+    found = fit(
+        Small(), start, data, epochs=5, patience=2, learning_rate=0.05,
+        on_metrics=records.append,
+    )  # fmt: skip
+    assert len(records) == epochs
+    same(found, script.seen[best], rtol=0, atol=0)
+
+
+def test_an_early_stopped_run_that_was_killed_ends_like_one_that_was_not(
+    tmp_path, data, start, monkeypatch
+):
+    accuracies = [0.1, 0.5, 0.4, 0.3, 0.9]
+    options = {"epochs": 4, "patience": 2, "learning_rate": 0.05}
+    script = Scripted(accuracies)
+    monkeypatch.setattr(loop, "make_evaluator", lambda model, transform: script)
+    whole = fit(Small(), start, data, **options)
+    options["checkpoint_dir"] = str(tmp_path)
+    monkeypatch.setattr(
+        loop, "make_evaluator", lambda model, transform: Scripted(accuracies)
+    )
+    with pytest.raises(Killed):
+        fit(Small(), start, data, on_metrics=kill_after(2), **options)
+    # The start is measured again, then epoch 3: no better, the first is kept.
+    monkeypatch.setattr(
+        loop, "make_evaluator", lambda model, transform: Scripted([0.1, 0.3, 0.9])
+    )
+    resumed = fit(Small(), start, data, **options)
+    same(resumed, whole, rtol=0, atol=0)
+
+
+def test_early_stopping_needs_validation_examples(start):
+    data = load("synthetic", image_size=8, validation=0)
+    with pytest.raises(ConfigError, match="patience=1 needs validation examples"):
+        fit(Small(), start, data, epochs=1, patience=1)
 
 
 def test_evaluate_counts_every_example_once(data, start):

@@ -132,6 +132,24 @@ def seed_pairs(similarity, *, threshold: float, cap: float, exclude=()) -> Redun
     return _retire(_pairs(similarity, threshold, free), free, most)
 
 
+def pairs(
+    similarity, importance, *, threshold: float, most: int | None = None, exclude=()
+) -> Redundancy:
+    """Pairs, most similar first: the less important dies, the other is retired.
+
+    The seed's greedy rule without its cap, and with importance instead of the index;
+    `clusters` also removes the third member of a cluster. Ties: the higher index dies.
+
+    Args: as for `clusters`.
+    """
+    similarity, importance = _checked(similarity, importance)
+    free = _free(importance.size, exclude)
+    limit = importance.size if most is None else most
+    i, j, value = _retire(_pairs(similarity, threshold, free), free, limit)
+    swap = importance[i] >= importance[j]
+    return Redundancy(np.where(swap, j, i), np.where(swap, i, j), value)
+
+
 def seed_dense_pairs(activations, *, threshold: float, exclude=()) -> Redundancy:
     """The script's pairing for Dense layers: scan order, no cap, 300 samples.
 
@@ -209,14 +227,8 @@ def clusters(
     Raises:
       ScoreError: shapes that do not fit, or NaN.
     """
-    similarity = np.abs(np.asarray(similarity, np.float64))
-    importance = np.asarray(importance, np.float64)
+    similarity, importance = _checked(similarity, importance)
     size = importance.size
-    if similarity.shape != (size, size) or np.isnan(importance).any():
-        raise ScoreError(
-            f"clusters need similarity (C, C) and importance (C,) without NaN; found "
-            f"{similarity.shape} and {importance.shape}"
-        )
     free = _free(size, exclude)
     survives = np.zeros(size, bool)
     above = similarity > threshold
@@ -237,6 +249,18 @@ def clusters(
     value = allowed[np.arange(removed.size), best]
     order = np.argsort(-value, kind="stable")[: size if most is None else most]
     return Redundancy(removed[order], heads[best[order]], value[order])
+
+
+def _checked(similarity, importance) -> tuple[np.ndarray, np.ndarray]:
+    similarity = np.abs(np.asarray(similarity, np.float64))
+    importance = np.asarray(importance, np.float64)
+    size = importance.size
+    if similarity.shape != (size, size) or np.isnan(importance).any():
+        raise ScoreError(
+            "twins are found from similarity (C, C) and importance (C,) without NaN; "
+            f"found {similarity.shape} and {importance.shape}"
+        )
+    return similarity, importance
 
 
 class Fold(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.data.batching import raw_batches
 from jaxprune.data.dataset import Dataset
 from jaxprune.errors import ConfigError, DataError, PruneError
-from jaxprune.train import sharding
+from jaxprune.train import sharding, stopping
 from jaxprune.train.evaluation import make_evaluator
 from jaxprune.train.optimizer import make_optimizer, schedule
 from jaxprune.train.resume import EpochCheckpoints
@@ -24,7 +24,9 @@ Progress = Callable[[str, int, int], None]
 _AHEAD = 8
 
 
-def _check(*, epochs: int, batch_size: int, examples: int, losses: Losses) -> None:
+def _check(
+    *, epochs: int, batch_size: int, examples: int, patience: int | None, losses: Losses
+) -> None:
     ranges = {
         "epochs": (epochs, epochs >= 0, "0 or more"),
         "batch_size": (batch_size, batch_size >= 1, "1 or more"),
@@ -39,6 +41,7 @@ def _check(*, epochs: int, batch_size: int, examples: int, losses: Losses) -> No
             "in [0, 1]",
         ),
         "temperature": (losses.temperature, losses.temperature > 0, "above 0"),
+        "patience": (patience, patience is None or patience >= 1, "1 or more"),
         "ema": (losses.ema, 0 <= losses.ema < 1, "in [0, 1)"),
     }
     wrong = [
@@ -75,6 +78,7 @@ def fit(
     teacher: tuple[Any, Any] | None = None,
     distill_weight: float = 0.5,
     temperature: float = 4.0,
+    patience: int | None = None,
     seed: int = 0,
     checkpoint_dir: str | None = None,
     stage: str = "train",
@@ -106,6 +110,9 @@ def fit(
       teacher: (model, variables) to distil from.
       distill_weight: share of the distillation in the loss.
       temperature: of the distillation.
+      patience: stop after so many epochs without a higher validation accuracy, and
+        return the variables that had the highest (the start counts); None trains all
+        epochs and returns the last.
       seed: of everything random.
       checkpoint_dir: keeps the state after each epoch; a later call continues there.
       stage: name of this training for the two callbacks.
@@ -113,13 +120,22 @@ def fit(
       on_metrics: called after each epoch with a JSON-ready record.
 
     Raises:
-      ConfigError: an option is out of range, or differs from the checkpoint's.
+      ConfigError: an option is out of range, or differs from the checkpoint's, or
+        patience is asked for without validation examples.
       DataError: fewer examples than one batch.
       PruneError: the loss is no longer finite.
     """
     losses = Losses(label_smoothing, distill_weight, temperature, ema)
     examples = len(dataset.train)
-    _check(epochs=epochs, batch_size=batch_size, examples=examples, losses=losses)
+    _check(
+        epochs=epochs, batch_size=batch_size, examples=examples, patience=patience,
+        losses=losses,
+    )  # fmt: skip
+    if patience is not None and dataset.validation is None:
+        raise ConfigError(
+            f"patience={patience} needs validation examples: hold some out with "
+            "validation= above 0, or leave patience out"
+        )
     steps = examples // batch_size
     rate = schedule(
         learning_rate=learning_rate,
@@ -141,12 +157,25 @@ def fit(
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "optimizer": optimizer,
+            "patience": patience,
             "seed": seed,
         },
     )
-    first, state = checkpoints.restore(initial_state(variables, tx, ema=ema))
-    state = sharding.replicate(state)
     transform = dataset.train.transform
+    evaluator = make_evaluator(model, transform)
+
+    def validated(state: Any) -> dict[str, Any]:
+        if dataset.validation is None:
+            return {}
+        size = min(500, len(dataset.validation))
+        return evaluator(final_variables(state), dataset.validation, size)
+
+    state, best = initial_state(variables, tx, ema=ema), None
+    if patience is not None:
+        accuracy = validated(sharding.replicate(state))["accuracy"]
+        best = stopping.record(None, accuracy, 0, final_variables(state))
+    first, (state, best) = checkpoints.restore((state, best))
+    state = sharding.replicate(state)
     teacher_model, teacher_variables = teacher or (None, None)
     train_step = functools.partial(
         make_step(
@@ -154,8 +183,9 @@ def fit(
         ),
         teacher=sharding.replicate(teacher_variables),
     )
-    evaluator = make_evaluator(model, transform)
     for epoch in range(first, epochs):
+        if best is not None and stopping.exhausted(best, epoch, patience or 0):
+            break
 
         def advance(done: int, epoch: int = epoch) -> None:
             if on_progress is not None:
@@ -173,14 +203,17 @@ def fit(
         record = _epoch_record(
             stage, epoch, metrics, float(np.asarray(rate(int(state.step))))
         )
-        if dataset.validation is not None:
-            size = min(500, len(dataset.validation))
-            scores = evaluator(final_variables(state), dataset.validation, size)
-            record |= {f"validation_{name}": v for name, v in scores.items()}
-        checkpoints.save(epoch + 1, state)
+        scores = validated(state)
+        record |= {f"validation_{name}": v for name, v in scores.items()}
+        if best is not None:
+            best = stopping.record(
+                best, scores["accuracy"], epoch + 1, final_variables(state)
+            )
+        checkpoints.save(epoch + 1, (state, best))
         if on_metrics is not None:
             on_metrics(record)
-    return jax.device_get(final_variables(state))
+    found = final_variables(state) if best is None else best.variables
+    return jax.device_get(found)
 
 
 def _run_epoch(
