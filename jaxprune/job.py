@@ -279,7 +279,14 @@ def _evaluate(setting: Setting) -> dict[str, Any]:
         "finetuned": after,
         **{
             name: slim.report[name]
-            for name in ("asked", "achieved", "verify_max_abs_error", "groups")
+            for name in (
+                "asked",
+                "achieved",
+                "verify_max_abs_error",
+                "groups",
+                "seed_ratio",
+            )
+            if name in slim.report
         },
     }
 

@@ -23,6 +23,7 @@ from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
 from jaxprune.methods.ranking import follow_plan
 from jaxprune.methods.reconstruct import Progress, Reconstruction
 from jaxprune.methods.scores import score
+from jaxprune.methods.seed_ratio import seed_ratio
 from jaxprune.methods.sensitivity import sensitive_counts
 from jaxprune.records import Budget, Group, Plan, Slim
 from jaxprune.selection import allocate, uniform_counts
@@ -139,6 +140,8 @@ def prune(
         "verify_max_abs_error": error,
         "seconds": time.perf_counter() - started,
     }
+    if chosen.get("preset") == "seed":
+        report["seed_ratio"] = seed_ratio(graph, slim.plan)
     return Slim(slim.model, slim.variables, slim.plan, report)
 
 

@@ -53,12 +53,13 @@ def write_report(options: Options, workdir: Workdir) -> dict[str, Any]:
 def _write_data_stats(workdir: Workdir, report: dict[str, Any]) -> None:
     """data_stats<S><E>, the file of the published script, with its words.
 
-    Its pruning ratio is the MACs before over the MACs after, of convolutions and
-    Dense layers.
+    Its pruning ratio is the MACs before over the MACs after: by the script's own
+    formula with the preset, of the whole network otherwise.
     """
     asked = report["asked"]
     similarity, entropy = asked["similarity_threshold"], asked["entropy_threshold"]
     ratio = report["base"]["macs"] / report["finetuned"]["macs"]
+    ratio = report.get("seed_ratio", ratio)
     write_text(
         workdir.path / f"data_stats{similarity}{entropy}",
         f"Model Accuracy AFTER REGRESSION  is {report['finetuned']['accuracy']} "

@@ -8,19 +8,21 @@ import pytest
 from zoo import make
 
 import jaxprune as jp
-from jaxprune import slicing, trees
+from jaxprune import models, slicing, trees
 from jaxprune.criteria.gradients import gate_gradients as weight_gate_gradients
 from jaxprune.errors import BudgetError, ConfigError, DataError, ScoreError
 from jaxprune.graph.flat import flatten
-from jaxprune.methods.activations import capture_places, find_places
+from jaxprune.methods.activations import capture_places, find_places, stream
 from jaxprune.methods.measure import (
     Calibration,
     cross_entropy,
     gate_gradients,
 )
 from jaxprune.methods.relay import Relay, measure_moments
+from jaxprune.methods.seed_ratio import seed_layers, seed_ratio
 from jaxprune.methods.sensitivity import curve, divergence
 from jaxprune.methods.taps import find_taps, rows_and_targets
+from jaxprune.stats.activations import stats_update, stats_zeros
 from jaxprune.stats.moments import covariances
 
 
@@ -71,17 +73,43 @@ def test_a_relay_measures_what_a_run_from_the_start_does(name):
     )
     late = [tap for tap in taps if np.isin(tap.row_needs, graph.groups[-1].units).any()]
     relay = Relay(graph, variables, data, positions=3)
-    relay.advance(taps, variables)
-    relay.advance(late, changed)
+    relay.advance([tap.site for tap in taps], variables)
+    relay.advance([tap.site for tap in late], changed)
     found = relay.moments(late, changed, seed=1)
     again = Relay(graph, variables, data, positions=3, memory=0)
-    again.advance(late, changed)
+    again.advance([tap.site for tap in late], changed)
     expected = again.moments(late, changed, seed=1)
     assert found.keys() == expected.keys() == {tap.path for tap in late}
     for path in found:
         a, b = covariances(found[path]), covariances(expected[path])
         np.testing.assert_allclose(a.xx, b.xx, atol=1e-5 * np.abs(b.xx).max())
         np.testing.assert_allclose(a.xy, b.xy, atol=1e-5 * np.abs(b.xy).max())
+
+
+def test_a_relay_observes_what_a_run_from_the_start_does():
+    """Activations of every group, the network changing before the one observed."""
+    model, variables, x = make("vgg_small")
+    batches = _batches(x.shape[1:], count=20, size=8)
+    graph, data = jp.trace(model, variables, batches[0][0]), Calibration(batches)
+    places = find_places(graph, graph.groups, find_taps(graph))
+    assert places.keys() == {group.name for group in graph.groups}
+    relay, changed = Relay(graph, variables, data, positions=1), variables
+    for number, group in enumerate(graph.groups):
+        sites = [places[later.name].site for later in graph.groups[number:]]
+        relay.advance(sites, changed)
+        zeros = stats_zeros(group.size)
+        for limit in (None, 11):
+            found = relay.observe(
+                places[group.name], changed, zeros, stats_update, limit=limit
+            )
+            expected = stream(
+                graph, changed, data, {"": places[group.name]}, {"": zeros},
+                stats_update, limit=limit,
+            )[""]  # fmt: skip
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        half = {group.name: np.arange(group.size // 2)}
+        changed = slicing.mask_variables(graph, half, changed)
 
 
 @pytest.mark.parametrize("name", ["vgg_small", "resnet20", "vit_cifar", "mlp"])
@@ -263,6 +291,44 @@ def test_planted_twins_go_and_the_output_stays(refit):
     assert len(kept & {2, 7}) == len(kept & {4, 8}) == 1
     outputs = model.apply(variables, x), slim.model.apply(slim.variables, x)
     np.testing.assert_allclose(*outputs, atol=1e-4)
+
+
+def test_the_preset_reports_the_ratio_of_its_own_formula():
+    model = models.create("vgg16_seed", width=0.0625)
+    x = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    graph = jp.trace(model, variables, x)
+    layers = seed_layers(graph, graph.full_plan())
+    widths = [4, 4, 8, 8, *[16] * 3, *[32] * 6]
+    space = [32, 32, 16, 16, *[8] * 3, *[4] * 3, *[2] * 3]
+    assert [layer.kind for layer in layers] == ["conv"] * 13 + ["dense"] * 2
+    assert [layer.outputs for layer in layers] == [*widths, 256, 256]
+    assert [layer.inputs for layer in layers] == [3, *widths, 256]
+    assert [layer.height for layer in layers] == [*space, 1, 1]
+    assert {layer.kernel for layer in layers[:13]} == {3}
+
+    rng = np.random.default_rng(0)
+    plan = graph.complete(
+        {g.name: np.sort(rng.permutation(g.size)[: g.size // 2]) for g in graph.groups}
+    )
+    kept = [len(plan[name]) for name in plan]
+    before = after = 1
+    channels, wide = 3, 3
+    for width, k, side in zip(widths, kept, space, strict=False):
+        before += 9 * wide * side * side * width
+        after += 9 * channels * side * side * k
+        wide, channels = width, k
+    before += 32 * 256 + 256 * 256
+    after += channels * 4 * kept[13] + kept[13] * kept[14]
+    assert seed_ratio(graph, plan) == before / after
+
+    model, variables, x = _planted()
+    slim = jp.prune(
+        model, variables, [(x, None)], method="importance_redundancy", preset="seed"
+    )
+    assert slim.report["seed_ratio"] == seed_ratio(
+        jp.trace(model, variables, x), slim.plan
+    )
 
 
 class _Tanh(nn.Module):

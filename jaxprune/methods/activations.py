@@ -164,10 +164,7 @@ def capture_places(
         del eqn
         for name in by_site.get(site, ()):
             place = places[name]
-            source = results[place.output]
-            if place.operand is not None:
-                source = operands[place.operand]
-            found[name] = _channels_last(source, place)
+            found[name] = channels_last(operands, results, place)
             if len(found) == len(places):
                 raise Stop
         return results
@@ -179,7 +176,13 @@ def capture_places(
     return found
 
 
-def _channels_last(array: jax.Array, place: Place) -> jax.Array:
+def channels_last(
+    operands: Sequence[jax.Array], results: Sequence[jax.Array], place: Place
+) -> jax.Array:
+    """Activations (B, ..., copies, C) from the equation at `place.site`."""
+    array = results[place.output]
+    if place.operand is not None:
+        array = operands[place.operand]
     channels, copies = place.index.shape
     array = jnp.take(array, place.index.T.reshape(-1), axis=place.axis)
     array = jnp.moveaxis(array, place.axis, -1)
@@ -227,28 +230,3 @@ def stream(
         found = run(found, variables, inputs, have)
         seen += have
     return found
-
-
-def collect_pooled(
-    graph: ChannelGraph,
-    variables: Any,
-    calibration: Calibration,
-    place: Place,
-    *,
-    limit: int,
-) -> np.ndarray:
-    """Pooled activations (n, C) of the first `limit` examples, in memory."""
-
-    @jax.jit
-    def run(variables, inputs):
-        array = capture_places(graph, variables, inputs, {"": place})[""]
-        return array.mean(tuple(range(1, array.ndim - 1)))
-
-    parts, seen = [], 0
-    for inputs, _, weight in calibration:
-        have = min(int(np.sum(weight)), limit - seen)
-        if have <= 0:
-            break
-        parts.append(np.asarray(run(variables, inputs))[:have])
-        seen += have
-    return np.concatenate(parts)

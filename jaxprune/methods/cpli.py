@@ -85,8 +85,8 @@ def cpli(
         nonnegative=nonnegative,
     )  # fmt: skip
 
-    def choose_group(group: Group, terms: Sequence[Term], current: Any) -> Choice:
-        del current
+    def choose_group(group: Group, terms: Sequence[Term], observe: Any) -> Choice:
+        del observe
         return Choice(choose(group, terms, counts[group.name]))
 
     return reconstruct(

@@ -15,16 +15,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxprune.criteria import redundancy as numbers
 from jaxprune.criteria.redundancy import Redundancy
 from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
-from jaxprune.methods.activations import Place, collect_pooled, find_places, stream
+from jaxprune.methods.activations import find_places
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.reconstruct import (
     Choice,
+    Observe,
     Progress,
     Reconstruction,
     Refit,
@@ -119,10 +123,9 @@ def importance_redundancy(
             batches=calibration, loss_fn=loss_fn, seed=seed,
         )  # fmt: skip
 
-    def choose(group: Group, terms: Sequence[Term], current: Any) -> Choice:
+    def choose(group: Group, terms: Sequence[Term], observe: Observe | None) -> Choice:
         del terms
-        place = places.get(group.name)
-        if place is None:
+        if observe is None:
             if counts is None:
                 return Choice(np.arange(group.size))
             ranked = np.argsort(
@@ -131,18 +134,15 @@ def importance_redundancy(
             return Choice(np.sort(ranked[: counts[group.name]]))
         if preset == "seed":
             seen = _measure(
-                graph, current, calibration, group, place, spatial=False,
-                shared=False, limit=EXAMPLES,
-            )  # fmt: skip
+                observe, group.size, spatial=False, shared=False, limit=EXAMPLES
+            )
             rows = None
-            if not place.conv:
-                limit = numbers.SEED_DENSE_SAMPLES
-                rows = collect_pooled(graph, current, calibration, place, limit=limit)
+            if not places[group.name].conv:
+                rows = _first_rows(observe, group.size, numbers.SEED_DENSE_SAMPLES)
             return Choice(_seed_choice(seen, rows, eligible.get(group.name), rules))
         seen = _measure(
-            graph, current, calibration, group, place, spatial=spatial,
-            shared=bins == "shared", limit=None,
-        )  # fmt: skip
+            observe, group.size, spatial=spatial, shared=bins == "shared", limit=None
+        )
         keep = None if counts is None else counts[group.name]
         return _default_choice(seen, ranks.get(group.name), keep, rules)
 
@@ -153,6 +153,7 @@ def importance_redundancy(
         taps,
         choose,
         groups=groups,
+        places=places,
         refit=refit or ("none" if preset == "seed" else "lstsq"),
         positions=positions,
         ridge=ridge,
@@ -203,40 +204,47 @@ class _Seen(NamedTuple):
     moments: Comoments
 
 
+def _pool(x: jax.Array) -> jax.Array:
+    """Activations (B, *spatial, copies, C) averaged to (B, C)."""
+    return x.mean(tuple(range(1, x.ndim - 1)))
+
+
 def _measure(
-    graph, current, calibration, group: Group, place: Place, *, spatial: bool,
-    shared: bool, limit: int | None,
-) -> _Seen:  # fmt: skip
+    observe: Observe, size: int, *, spatial: bool, shared: bool, limit: int | None
+) -> _Seen:
     """Two passes: ranges and co-moments, then histograms on bins over the ranges."""
-
-    def run(state, update):
-        found = stream(
-            graph, current, calibration, {group.name: place}, {group.name: state},
-            update, limit=limit,
-        )  # fmt: skip
-        return found[group.name]
-
-    def pool(x):  # (B, *spatial, copies, C) -> (B, C)
-        return x.mean(tuple(range(1, x.ndim - 1)))
 
     def first(states, x):
         stats, moments = states
-        mean = pool(x)
+        mean = _pool(x)
         return (
             stats_lib.stats_update(stats, mean),
             stats_lib.comoments_update(moments, x if spatial else mean),
         )
 
-    size = group.size
     zeros = stats_lib.stats_zeros(size), stats_lib.comoments_zeros(size)
-    pooled, moments = run(zeros, first)
+    pooled, moments = observe(zeros, first, limit=limit)
     ends = (pooled.mean, pooled.variance) if shared else (pooled.min, pooled.max)
     edges = (numbers.shared_edges if shared else numbers.range_edges)(*ends)
-    histogram = run(
+    histogram = observe(
         stats_lib.histogram_zeros(edges),
-        lambda state, x: stats_lib.histogram_update(state, pool(x)),
+        lambda state, x: stats_lib.histogram_update(state, _pool(x)),
+        limit=limit,
     )
     return _Seen(pooled, stats_lib.histogram_counts(histogram), moments)
+
+
+def _first_rows(observe: Observe, size: int, limit: int) -> np.ndarray:
+    """Pooled activations (n, C) of the first examples, at most `limit`."""
+
+    def add(state, x):
+        rows, count = state
+        new = _pool(x).astype(rows.dtype)
+        return lax.dynamic_update_slice(rows, new, (count, 0)), count + len(new)
+
+    empty = jnp.zeros((limit, size), jnp.float32), jnp.int32(0)
+    rows, count = observe(empty, add, limit=limit)
+    return np.asarray(rows)[: int(count)]
 
 
 def _seed_choice(

@@ -36,8 +36,8 @@ def follow_plan(
 ) -> Reconstruction:
     """Prunes to a plan that was made beforehand, refitting as `reconstruct` does."""
 
-    def choose(group: Group, terms: Sequence[Term], current: Any) -> Choice:
-        del terms, current
+    def choose(group: Group, terms: Sequence[Term], observe: Any) -> Choice:
+        del terms, observe
         return Choice(plan[group.name])
 
     return reconstruct(

@@ -7,6 +7,7 @@ consumers' kernels, so that every pass runs the same compiled program.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxprune import trees
 from jaxprune.criteria.redundancy import Fold, Redundancy
 from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
+from jaxprune.methods.activations import Place
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.relay import Relay
 from jaxprune.methods.taps import Tap, by_kernel
@@ -58,8 +60,10 @@ class Choice(NamedTuple):
     fold: Fold | None = None
 
 
-# (group, measured consumers, variables of the network pruned so far) -> choice
-Choose = Callable[[Group, Sequence[Term], Any], Choice]
+# One pass over a group's activations: (state, update, limit=examples) -> state.
+Observe = Callable[..., Any]
+# (group, measured consumers, passes over its activations; None without a place) -> choice
+Choose = Callable[[Group, Sequence[Term], Observe | None], Choice]
 Progress = Callable[[str, int, int], None]
 
 
@@ -85,6 +89,7 @@ def reconstruct(
     choose: Choose,
     *,
     groups: Sequence[Group],
+    places: Mapping[str, Place] | None = None,
     refit: Refit = "lstsq",
     passes: Passes = "sequential",
     positions: int | None = 10,
@@ -100,6 +105,7 @@ def reconstruct(
       taps: from `find_taps(graph)`.
       choose: picks a group's kept channels; called once a group.
       groups: those to prune; the others are kept whole.
+      places: where the groups' activations are, for a `choose` that observes them.
       refit: "lstsq" solves for the consumers' kernels, "bias" only shifts their
         intercept by the mean of what was removed, "none" leaves the rest as it is.
       passes: "sequential" measures X anew after each group, so that later layers
@@ -112,17 +118,25 @@ def reconstruct(
     keep: dict[str, np.ndarray] = {}
     measured: dict[str, Moments] = {}
     relay = Relay(graph, variables, calibration, positions=positions)
+    places = places or {}
     of_group = [group_taps(taps, group) for group in groups]
     if passes == "single":
         unique = {tap.site: tap for mine in of_group for tap in mine}
         measured = relay.moments(list(unique.values()), variables, seed=seed)
     for number, (group, mine) in enumerate(zip(groups, of_group, strict=True)):
-        if mine and passes == "sequential":
-            relay.advance([t for later in of_group[number:] for t in later], current)
+        place = places.get(group.name)
+        if passes == "sequential" and (mine or place):
+            ahead = [tap.site for later in of_group[number:] for tap in later]
+            ahead += [places[g.name].site for g in groups[number:] if g.name in places]
+            relay.advance(ahead, current)
+        if passes == "sequential":
             measured = relay.moments(mine, current, seed=seed + number)
         leaves = trees.flatten(current)
         terms = measured_terms(group, mine, measured, leaves)
-        choice = choose(group, terms, current)
+        observe = None
+        if place is not None:
+            observe = partial(relay.observe, place, current)
+        choice = choose(group, terms, observe)
         keep[group.name] = np.sort(choice.kept)
         plan = graph.complete(keep)
         mask = graph.unit_mask(plan)

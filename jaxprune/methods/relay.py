@@ -1,24 +1,26 @@
-"""Moments for one group after another, without running the network from its start.
+"""Statistics of one group after another, without running the network from its start.
 
 Layer-by-layer pruning measures each group in the network pruned so far. Whatever lies
 before the first consumer that is still to change is final: its activations are kept
 for every calibration batch, and the next measurement goes on from there. For a chain
-of layers all measurements together run the network once, and compile it once. Where
-the activations would not fit into `MEMORY`, they stay where they are and more is run
-again.
+of layers the measurements of all groups together run the network once (each pass over
+a group's own layer counts once more), and compile it once. Where the activations would
+not fit into `MEMORY`, they stay where they are and more is run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune.graph import ChannelGraph
+from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.flat import State, flatten
+from jaxprune.methods.activations import Place, channels_last
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.taps import Tap, by_kernel, rows_and_targets
 from jaxprune.stats import moments as moments_lib
@@ -69,9 +71,9 @@ class Relay:
             else:
                 yield self._states[number], weight
 
-    def advance(self, taps: Sequence[Tap], current: Any) -> None:
-        """Moves up to the first of the taps, all those that are still to change."""
-        stop = min((self._number[tap.site] for tap in taps), default=self._start)
+    def advance(self, sites: Iterable[Site], current: Any) -> None:
+        """Moves up to the first of the sites, all that are still to be measured."""
+        stop = min((self._number[site] for site in sites), default=self._start)
         if stop <= self._start:
             return
         run = jax.jit(partial(self._program.run, start=self._start, stop=stop))
@@ -105,6 +107,47 @@ class Relay:
             batch_key = jax.random.fold_in(key, number)
             sums = step(sums, self._original, leaves, states, weight, batch_key)
         return sums
+
+    def observe(
+        self,
+        place: Place,
+        current: Any,
+        state: Any,
+        update: Callable[[Any, jax.Array], Any],
+        *,
+        limit: int | None = None,
+    ) -> Any:
+        """The state after one pass over the activations of a group, as `stream` does.
+
+        Args:
+          place: at or behind the step that `advance` has reached.
+          current: variables of the network pruned so far.
+          update: (state, activations (B, ..., C)) -> state, traceable.
+          limit: stop after so many examples.
+        """
+        at = self._number[place.site]
+
+        def step(state, variables, slots, have):
+            found: list[jax.Array] = []
+
+            def after(number, operands, results):
+                if number == at:
+                    found.append(channels_last(operands, results, place)[:have])
+
+            self._program.run(variables, slots, self._start, at + 1, after)
+            return update(state, found[0])
+
+        run = jax.jit(step, static_argnums=3)
+        leaves, seen = jax.tree.leaves(current), 0
+        for states, weight in self._batches():
+            have = int(np.sum(weight))
+            if limit is not None:
+                have = min(have, limit - seen)
+            if have <= 0:
+                break
+            state = run(state, leaves, states[1], have)
+            seen += have
+        return state
 
     def _step(self, taps: Sequence[Tap]):
         at = {self._number[tap.site]: tap for tap in taps}
