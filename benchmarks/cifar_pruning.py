@@ -120,6 +120,8 @@ def one_row(
             learning_rate=args.learning_rate,
             weight_decay=5e-4,
             warmup_epochs=0.1,
+            teacher=base if args.distill_weight else None,
+            distill_weight=args.distill_weight,
             seed=args.seed,
         )
         row["tuned"] = percent(slim.model, tuned, dataset)
@@ -145,6 +147,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--epochs", type=float, default=0)
     parser.add_argument("--learning_rate", type=float, default=0.01)
+    parser.add_argument("--distill_weight", type=float, default=0.0)
+    parser.add_argument(
+        "--train_examples", type=int, help="all that calibration and tuning see"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -153,7 +159,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     args.epochs = int(args.epochs)
-    dataset = load(args.data, data_dir=args.data_dir, validation=0.02, seed=args.seed)
+    dataset = load(
+        args.data,
+        data_dir=args.data_dir,
+        validation=0.02,
+        train_examples=args.train_examples,
+        seed=args.seed,
+    )
     base = base_network(args, dataset)
     examples = dataset.train.take(args.examples, seed=args.seed)
     measured = list(batches(examples, 250))

@@ -1,8 +1,9 @@
 """The pruning ratio that the script of seed 004 reports, from a graph and a plan."""
 
-from __future__ import annotations
+# JAX types `aval` as its base class, which has no shape.
+# pyright: reportAttributeAccessIssue=false
 
-import numpy as np
+from __future__ import annotations
 
 from jaxprune import trees
 from jaxprune.criteria.redundancy import SeedLayer, seed_pruning_ratio
@@ -33,7 +34,7 @@ def seed_layers(graph: ChannelGraph, plan: Plan) -> list[SeedLayer]:
         height = width = 1
         if record.name == "conv_general_dilated":
             layout = record.eqn.params["dimension_numbers"].out_spec
-            output = np.shape(record.eqn.outvars[0].aval)
+            output = record.eqn.outvars[0].aval.shape
             height, width = (output[axis] for axis in layout[2:4])
         found.append(
             SeedLayer(
