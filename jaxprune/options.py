@@ -64,7 +64,8 @@ class Pruning:
       round_to: widths are multiples of it (8 for tensor cores and vector units).
       min_keep: channels that every group keeps at least.
       strategy: of criteria, "uniform", "global" or "isomorphic".
-      allocation: of cpli and lasso, "sensitivity" or "uniform" widths.
+      allocation: widths of the methods that go layer by layer, "sensitivity" or
+        "uniform".
       mu: weight of the classification loss in cpli.
       feature_importance: weigh features by what the next layer needs, in cpli.
       refit: "none", "bias" or "lstsq".

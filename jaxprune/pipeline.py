@@ -17,14 +17,17 @@ from jaxprune.check import follow, slim_handle
 from jaxprune.criteria import CRITERIA
 from jaxprune.errors import BudgetError, ConfigError
 from jaxprune.graph import ChannelGraph, build
+from jaxprune.methods.cpli import chooser as cpli_chooser
 from jaxprune.methods.cpli import cpli
+from jaxprune.methods.importance_redundancy import chooser as redundancy_chooser
 from jaxprune.methods.importance_redundancy import importance_redundancy
 from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
 from jaxprune.methods.ranking import follow_plan
-from jaxprune.methods.reconstruct import Progress, Reconstruction
+from jaxprune.methods.reconstruct import Chooser, Progress, Reconstruction
 from jaxprune.methods.scores import score
 from jaxprune.methods.seed_ratio import seed_ratio
-from jaxprune.methods.sensitivity import sensitive_counts
+from jaxprune.methods.sensitivity import sensitivity
+from jaxprune.methods.taps import find_taps
 from jaxprune.records import Budget, Group, Plan, Slim
 from jaxprune.selection import allocate, uniform_counts
 from jaxprune.surgery import shrink
@@ -86,7 +89,7 @@ def prune(
       verify: prove the slim model equal to the masked original.
       on_progress: (stage, done, total).
       **options: of the selection (strategy and normalize for criteria, allocation for
-        cpli and lasso, round_to, min_keep, min_ratio, overrides), and of the method: see `jaxprune.methods`, for instance mu,
+        the methods that go layer by layer, round_to, min_keep, min_ratio, overrides), and of the method: see `jaxprune.methods`, for instance mu,
         feature_importance, refit, passes, positions, ridge.
 
     Raises:
@@ -186,6 +189,12 @@ def _split_options(
     return chosen, {n: v for n, v in options.items() if n in SELECTION}
 
 
+def _taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that the function has a parameter for."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in names}
+
+
 class _Run:
     """One method with its options, to be run on a graph."""
 
@@ -248,24 +257,39 @@ class _Run:
             raise ConfigError(
                 f"allocation must be 'sensitivity' or 'uniform'; found {how!r}"
             )
-        if self.method == "importance_redundancy" or how == "uniform":
+        if how == "uniform":
             return uniform
-        options = {k: v for k, v in self.options.items() if k != "passes"}
-        return sensitive_counts(
+        curves = sensitivity(
             graph,
             graph.variables,
             self.data,
-            uniform,
-            lambda curves: allocate(
-                groups, curves, bound.cost_fn, bound.limit, **limits
-            ),
+            find_taps(graph),
+            self.chooser(graph, groups, uniform),
             groups=groups,
-            fallback=score(graph, graph.variables, "l2"),
-            loss_fn=self.loss_fn,
             seed=self.seed,
             on_progress=self.on_progress,
-            **options,
+            **_taken(sensitivity, self.options),
         )
+        return allocate(groups, curves, bound.cost_fn, bound.limit, **limits)
+
+    def chooser(
+        self,
+        graph: ChannelGraph,
+        groups: Sequence[Group],
+        counts: Mapping[str, int],
+    ) -> Chooser:
+        """The method's selection of one group in the network as it is."""
+        fallback = score(graph, graph.variables, "l2")
+        if self.method == "importance_redundancy":
+            return redundancy_chooser(
+                graph, graph.variables, self.data, groups=groups, fallback=fallback,
+                loss_fn=self.loss_fn, seed=self.seed,
+                **_taken(redundancy_chooser, self.options),
+            )  # fmt: skip
+        return cpli_chooser(
+            graph, find_taps(graph), graph.variables, self.data, counts, fallback,
+            self.loss_fn, **_taken(cpli_chooser, self.options),
+        )  # fmt: skip
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ own count, will not keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ from jaxprune.methods.measure import (
 )
 from jaxprune.methods.reconstruct import (
     Choice,
+    Chooser,
     Passes,
     Progress,
     Reconstruction,
@@ -105,10 +106,6 @@ def cpli(
     )
 
 
-# (group, measured consumers, how many stay) -> kept indices
-Chooser = Callable[[Group, Sequence[Term], int], np.ndarray]
-
-
 def chooser(
     graph: ChannelGraph,
     taps: Sequence[Tap],
@@ -118,12 +115,15 @@ def chooser(
     fallback: Mapping[str, np.ndarray],
     loss_fn: LossFn,
     *,
-    mu: float,
-    feature_importance: bool,
-    loss_term: LossTerm,
-    nonnegative: bool,
+    mu: float = 1.0,
+    feature_importance: bool = True,
+    loss_term: LossTerm = "example",
+    nonnegative: bool = True,
 ) -> Chooser:
-    """The selection of one group at any count; measures the loss term once."""
+    """The selection of one group at any count; measures the loss term once.
+
+    Arguments are those of `cpli`; `counts` is for the suppression.
+    """
     gates: dict[str, np.ndarray] = {}
     if mu > 0 or feature_importance:
         gates = gate_gradients(graph, taps, variables, calibration, loss_fn)

@@ -13,21 +13,19 @@ option of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxprune.criteria import redundancy as numbers
-from jaxprune.criteria.redundancy import Redundancy
 from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
-from jaxprune.methods.activations import find_places
+from jaxprune.methods.activations import find_places, stream
+from jaxprune.methods.cpli import top
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.reconstruct import (
     Choice,
+    Chooser,
     Observe,
     Progress,
     Reconstruction,
@@ -35,28 +33,22 @@ from jaxprune.methods.reconstruct import (
     Term,
     reconstruct,
 )
+from jaxprune.methods.redundancy_rules import (
+    Bins,
+    Pairing,
+    Rules,
+    Seen,
+    default_choice,
+    first_rows,
+    measure,
+    seed_choice,
+)
 from jaxprune.methods.scores import score
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Group
-from jaxprune.stats import activations as stats_lib
-from jaxprune.stats.activations import ActivationStats, Comoments
 
 Preset = Literal["seed"]
-Bins = Literal["shared", "range"]
-Pairing = Literal["clusters", "pairs"]
-EXEMPT = 3  # convolutions before the first that the script searches for pairs
 EXAMPLES = 10_000
-
-
-class Rules(NamedTuple):
-    """Options of the default; see `importance_redundancy`."""
-
-    entropy_threshold: float
-    similarity_threshold: float
-    bins: Bins = "shared"
-    pairing: Pairing = "clusters"
-    spatial: bool = True
-    fold: bool = True
 
 
 def importance_redundancy(
@@ -116,35 +108,30 @@ def importance_redundancy(
     taps = find_taps(graph)
     places = find_places(graph, groups, taps)
     eligible = {name: place for place, name in enumerate(order)}
-    ranks: Mapping[str, np.ndarray] = {}
-    if importance != "entropy":
-        ranks = score(
-            graph, variables, importance,
-            batches=calibration, loss_fn=loss_fn, seed=seed,
-        )  # fmt: skip
+    ranks = _ranks(graph, variables, calibration, importance, loss_fn, seed)
+
+    def one(observe: Observe, group: Group, **options: Any) -> Seen:
+        def run(states, update, limit):
+            return {group.name: observe(states[group.name], update, limit=limit)}
+
+        return measure(run, {group.name: group.size}, **options)[group.name]
 
     def choose(group: Group, terms: Sequence[Term], observe: Observe | None) -> Choice:
         del terms
         if observe is None:
             if counts is None:
                 return Choice(np.arange(group.size))
-            ranked = np.argsort(
-                -ranks.get(group.name, fallback[group.name]), kind="stable"
-            )
-            return Choice(np.sort(ranked[: counts[group.name]]))
+            scores = ranks.get(group.name, fallback[group.name])
+            return Choice(top(scores, counts[group.name]))
         if preset == "seed":
-            seen = _measure(
-                observe, group.size, spatial=False, shared=False, limit=EXAMPLES
-            )
+            seen = one(observe, group, spatial=False, shared=False, limit=EXAMPLES)
             rows = None
             if not places[group.name].conv:
-                rows = _first_rows(observe, group.size, numbers.SEED_DENSE_SAMPLES)
-            return Choice(_seed_choice(seen, rows, eligible.get(group.name), rules))
-        seen = _measure(
-            observe, group.size, spatial=spatial, shared=bins == "shared", limit=None
-        )
+                rows = first_rows(observe, group.size, numbers.SEED_DENSE_SAMPLES)
+            return Choice(seed_choice(seen, rows, eligible.get(group.name), rules))
+        seen = one(observe, group, spatial=spatial, shared=bins == "shared", limit=None)
         keep = None if counts is None else counts[group.name]
-        return _default_choice(seen, ranks.get(group.name), keep, rules)
+        return default_choice(seen, ranks.get(group.name), keep, rules)
 
     return reconstruct(
         graph,
@@ -159,6 +146,65 @@ def importance_redundancy(
         ridge=ridge,
         seed=seed,
         on_progress=on_progress,
+    )
+
+
+def chooser(
+    graph: ChannelGraph,
+    variables: Any,
+    calibration: Calibration,
+    *,
+    groups: Sequence[Group],
+    fallback: Mapping[str, np.ndarray],
+    loss_fn: LossFn | None = None,
+    entropy_threshold: float = 0.3,
+    similarity_threshold: float = 0.8,
+    importance: str = "entropy",
+    bins: Bins = "shared",
+    pairing: Pairing = "clusters",
+    spatial: bool = True,
+    seed: int = 0,
+) -> Chooser:
+    """The default's selection of any group at any count, in the network as it is.
+
+    Measures all groups in two passes. Arguments are those of `importance_redundancy`.
+    """
+    rules = Rules(entropy_threshold, similarity_threshold, bins, pairing, spatial)
+    _check(None, rules, importance, True)
+    ranks = _ranks(graph, variables, calibration, importance, loss_fn, seed)
+    places = find_places(graph, groups, find_taps(graph))
+
+    def run(states, update, limit):
+        return stream(
+            graph, variables, calibration, places, states, update, limit=limit
+        )
+
+    sizes = {group.name: group.size for group in groups if group.name in places}
+    seen = measure(run, sizes, spatial=spatial, shared=bins == "shared", limit=None)
+
+    def choose(group: Group, terms: Sequence[Term], keep: int) -> np.ndarray:
+        del terms
+        rank = ranks.get(group.name)
+        if group.name in seen:
+            return default_choice(seen[group.name], rank, keep, rules).kept
+        return top(fallback[group.name] if rank is None else rank, keep)
+
+    return choose
+
+
+def _ranks(
+    graph: ChannelGraph,
+    variables: Any,
+    calibration: Calibration,
+    importance: str,
+    loss_fn: LossFn | None,
+    seed: int,
+) -> Mapping[str, np.ndarray]:
+    """Scores by group; none for the entropy, which `default_choice` has itself."""
+    if importance == "entropy":
+        return {}
+    return score(
+        graph, variables, importance, batches=calibration, loss_fn=loss_fn, seed=seed
     )
 
 
@@ -188,133 +234,3 @@ def _check(preset: str | None, rules: Rules, importance: str, budget: bool) -> N
             )
     if problems:
         raise ConfigError("; ".join(problems))
-
-
-class _Seen(NamedTuple):
-    """Statistics of a group's activations.
-
-    Attributes:
-      pooled: of the means over space, one sample an example.
-      counts: int64 (C, K + 2), `stats.histogram_counts` of the pooled means.
-      moments: from which correlations and folding lines follow.
-    """
-
-    pooled: ActivationStats
-    counts: np.ndarray
-    moments: Comoments
-
-
-def _pool(x: jax.Array) -> jax.Array:
-    """Activations (B, *spatial, copies, C) averaged to (B, C)."""
-    return x.mean(tuple(range(1, x.ndim - 1)))
-
-
-def _measure(
-    observe: Observe, size: int, *, spatial: bool, shared: bool, limit: int | None
-) -> _Seen:
-    """Two passes: ranges and co-moments, then histograms on bins over the ranges."""
-
-    def first(states, x):
-        stats, moments = states
-        mean = _pool(x)
-        return (
-            stats_lib.stats_update(stats, mean),
-            stats_lib.comoments_update(moments, x if spatial else mean),
-        )
-
-    zeros = stats_lib.stats_zeros(size), stats_lib.comoments_zeros(size)
-    pooled, moments = observe(zeros, first, limit=limit)
-    ends = (pooled.mean, pooled.variance) if shared else (pooled.min, pooled.max)
-    edges = (numbers.shared_edges if shared else numbers.range_edges)(*ends)
-    histogram = observe(
-        stats_lib.histogram_zeros(edges),
-        lambda state, x: stats_lib.histogram_update(state, _pool(x)),
-        limit=limit,
-    )
-    return _Seen(pooled, stats_lib.histogram_counts(histogram), moments)
-
-
-def _first_rows(observe: Observe, size: int, limit: int) -> np.ndarray:
-    """Pooled activations (n, C) of the first examples, at most `limit`."""
-
-    def add(state, x):
-        rows, count = state
-        new = _pool(x).astype(rows.dtype)
-        return lax.dynamic_update_slice(rows, new, (count, 0)), count + len(new)
-
-    empty = jnp.zeros((limit, size), jnp.float32), jnp.int32(0)
-    rows, count = observe(empty, add, limit=limit)
-    return np.asarray(rows)[: int(count)]
-
-
-def _seed_choice(
-    seen: _Seen, rows: np.ndarray | None, order: int | None, rules: Rules
-) -> np.ndarray:
-    """Kept indices by the script's rules; one channel always stays.
-
-    Args:
-      rows: (n, C) activations of a Dense layer's first examples, None for others.
-      order: place among the convolutions of the network.
-    """
-    entropies = numbers.seed_entropies_from_counts(seen.counts, int(seen.pooled.count))
-    dull = np.flatnonzero(entropies < rules.entropy_threshold)
-    if rows is None:
-        cap = 0.0
-        if order is not None and order >= EXEMPT:
-            cap = numbers.seed_cap(order - EXEMPT)
-        twins = numbers.seed_pairs(
-            stats_lib.pearson(seen.moments),
-            threshold=rules.similarity_threshold, cap=cap, exclude=dull,
-        )  # fmt: skip
-    else:
-        twins = numbers.seed_dense_pairs(
-            rows, threshold=rules.similarity_threshold, exclude=dull
-        )
-    mask = np.ones(entropies.size, bool)
-    mask[dull] = mask[twins.removed] = False
-    if not mask.any():
-        mask[np.argmax(entropies)] = True
-    return np.flatnonzero(mask)
-
-
-def _default_choice(
-    seen: _Seen, importance: np.ndarray | None, keep: int | None, rules: Rules
-) -> Choice:
-    """Dull channels go, then twins, then, down to `keep`, the least important.
-
-    Args:
-      importance: (C,), larger survives; None for the entropy.
-      keep: channels that stay; None to follow the thresholds alone.
-    """
-    entropies = numbers.entropies_from_counts(seen.counts)
-    size = entropies.size
-    ranks = entropies if importance is None else np.asarray(importance, np.float64)
-    least = 1 if keep is None else keep
-    # Ascending importance; a channel that varies more counts among equals.
-    ranked = np.lexsort((np.arange(size), np.asarray(seen.pooled.variance), ranks))
-    dull = [c for c in ranked if entropies[c] < rules.entropy_threshold]
-    dull = np.asarray(dull[: size - least], np.int64)
-    find = numbers.clusters if rules.pairing == "clusters" else numbers.pairs
-    twins = find(
-        stats_lib.pearson(seen.moments),
-        ranks,
-        threshold=rules.similarity_threshold,
-        most=size - least - dull.size,
-        exclude=dull,
-    )
-    mask = np.ones(size, bool)
-    mask[dull] = mask[twins.removed] = False
-    if keep is not None:
-        # Those that stand for others go last.
-        stands = np.isin(ranked, twins.survivor)
-        spare = np.concatenate([ranked[~stands], ranked[stands]])
-        mask[spare[mask[spare]][: int(mask.sum()) - keep]] = False
-    twins = Redundancy(*(part[mask[twins.survivor]] for part in twins))
-    kept = np.flatnonzero(mask)
-    if not rules.fold or not twins.removed.size:
-        return Choice(kept)
-    count = max(float(seen.moments.count), 1.0)
-    lines = numbers.fold_coefficients(
-        np.asarray(seen.moments.mean), np.asarray(seen.moments.outer) / count, twins
-    )
-    return Choice(kept, twins, lines)

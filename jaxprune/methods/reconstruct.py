@@ -64,6 +64,8 @@ class Choice(NamedTuple):
 Observe = Callable[..., Any]
 # (group, measured consumers, passes over its activations; None without a place) -> choice
 Choose = Callable[[Group, Sequence[Term], Observe | None], Choice]
+# (group, measured consumers, how many stay) -> kept indices
+Chooser = Callable[[Group, Sequence[Term], int], np.ndarray]
 Progress = Callable[[str, int, int], None]
 
 

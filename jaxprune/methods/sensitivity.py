@@ -8,7 +8,7 @@ divergence of the network's outputs from the original's taken on calibration bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,10 @@ import numpy as np
 
 from jaxprune import trees
 from jaxprune.graph import ChannelGraph
-from jaxprune.methods.cpli import Chooser, LossTerm, chooser
-from jaxprune.methods.measure import Calibration, LossFn
+from jaxprune.methods.measure import Calibration
 from jaxprune.methods.reconstruct import (
     Choice,
+    Chooser,
     Progress,
     Refit,
     group_taps,
@@ -28,7 +28,7 @@ from jaxprune.methods.reconstruct import (
     refit_consumers,
 )
 from jaxprune.methods.relay import measure_moments
-from jaxprune.methods.taps import Tap, find_taps
+from jaxprune.methods.taps import Tap
 from jaxprune.records import Group
 from jaxprune.slicing import mask_variables
 
@@ -151,44 +151,3 @@ def divergence(graph: ChannelGraph, variables: Any, calibration: Calibration):
         return float(sum(map(float, parts)) / count)
 
     return loss
-
-
-def sensitive_counts(
-    graph: ChannelGraph,
-    variables: Any,
-    calibration: Calibration,
-    uniform: Mapping[str, int],
-    allocate: Callable[[Curves], dict[str, int]],
-    *,
-    groups: Sequence[Group],
-    fallback: Mapping[str, np.ndarray],
-    loss_fn: LossFn,
-    mu: float = 1.0,
-    feature_importance: bool = True,
-    loss_term: LossTerm = "example",
-    nonnegative: bool = True,
-    refit: Refit = "lstsq",
-    positions: int | None = 10,
-    ridge: float | None = None,
-    seed: int = 0,
-    on_progress: Progress | None = None,
-) -> dict[str, int]:
-    """Counts of every group for `cpli`, by the curves of `sensitivity`.
-
-    Args:
-      uniform: counts of equal shares, for the suppression in the selection.
-      allocate: from curves to counts within the budget.
-      The other options are those of `cpli`.
-    """
-    taps = find_taps(graph)
-    choose = chooser(
-        graph, taps, variables, calibration, uniform, fallback, loss_fn,
-        mu=mu, feature_importance=feature_importance, loss_term=loss_term,
-        nonnegative=nonnegative,
-    )  # fmt: skip
-    curves = sensitivity(
-        graph, variables, calibration, taps, choose,
-        groups=groups, refit=refit, positions=positions, ridge=ridge, seed=seed,
-        on_progress=on_progress,
-    )  # fmt: skip
-    return allocate(curves)
