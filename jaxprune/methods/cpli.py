@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import (
     Calibration,
@@ -42,9 +43,11 @@ from jaxprune.solver.cpli import (
     select_gates,
     suppression,
 )
+from jaxprune.solver.elimination import elimination_order
 from jaxprune.solver.gram import GateSystem
 
 LossTerm = Literal["example", "batch"]
+Selection = Literal["lasso", "elimination"]
 
 
 def cpli(
@@ -56,6 +59,7 @@ def cpli(
     groups: Sequence[Group],
     fallback: Mapping[str, np.ndarray],
     loss_fn: LossFn,
+    selection: Selection = "lasso",
     mu: float = 1.0,
     feature_importance: bool = True,
     loss_term: LossTerm = "example",
@@ -74,6 +78,9 @@ def cpli(
       counts: channels to keep, by group name.
       fallback: scores (C,) for groups that no tap reads.
       loss_fn: (outputs, y) -> per-example losses (B,).
+      selection: "lasso", the paper's, which weighs channels with W as it is, or
+        "elimination" (`jaxprune.solver.elimination`), which weighs them by what is
+        lost once the others are refitted.
       mu: weight of the classification loss; 0 needs no labels.
       feature_importance: weigh what the next stage keeps (s_j).
       loss_term: "example" for the mean |dL/db|, "batch" for |mean dL/db|.
@@ -82,8 +89,8 @@ def cpli(
     taps = find_taps(graph)
     choose = chooser(
         graph, taps, variables, calibration, counts, fallback, loss_fn,
-        mu=mu, feature_importance=feature_importance, loss_term=loss_term,
-        nonnegative=nonnegative,
+        selection=selection, mu=mu, feature_importance=feature_importance,
+        loss_term=loss_term, ridge=ridge, nonnegative=nonnegative,
     )  # fmt: skip
 
     def choose_group(group: Group, terms: Sequence[Term], observe: Any) -> Choice:
@@ -115,15 +122,24 @@ def chooser(
     fallback: Mapping[str, np.ndarray],
     loss_fn: LossFn,
     *,
+    selection: Selection = "lasso",
     mu: float = 1.0,
     feature_importance: bool = True,
     loss_term: LossTerm = "example",
+    ridge: float | None = None,
     nonnegative: bool = True,
 ) -> Chooser:
     """The selection of one group at any count; measures the loss term once.
 
     Arguments are those of `cpli`; `counts` is for the suppression.
+
+    Raises:
+      ConfigError: an unknown `selection`.
     """
+    if selection not in ("lasso", "elimination"):
+        raise ConfigError(
+            f"selection must be 'lasso' or 'elimination'; found {selection!r}"
+        )
     gates: dict[str, np.ndarray] = {}
     if mu > 0 or feature_importance:
         gates = gate_gradients(graph, taps, variables, calibration, loss_fn)
@@ -132,33 +148,50 @@ def chooser(
         for name, found in gates.items()
     }
 
+    def weighted(terms: Sequence[Term]):
+        return [
+            (
+                term.moments,
+                term.kernel,
+                term.row_channel,
+                output_weight(graph, term.tap, loss, counts)
+                if feature_importance
+                else None,
+            )
+            for term in terms
+        ]
+
     # The same measurement is asked for several counts.
     systems: dict[str, tuple[Sequence[Term], GateSystem]] = {}
+    orders: dict[str, tuple[Sequence[Term], np.ndarray]] = {}
 
     def system(group: Group, terms: Sequence[Term]) -> GateSystem:
         known = systems.get(group.name)
-        if known is not None and known[0] is terms:
-            return known[1]
-        weights = [
-            output_weight(graph, term.tap, loss, counts) if feature_importance else None
-            for term in terms
-        ]
-        found = group_system(
-            [
-                (term.moments, term.kernel, term.row_channel, weight)
-                for term, weight in zip(terms, weights, strict=True)
-            ],
-            group.size,
-            centred=all(term.tap.intercept is not None for term in terms),
-        )
-        systems[group.name] = (terms, found)
-        return found
+        if known is None or known[0] is not terms:
+            centred = all(term.tap.intercept is not None for term in terms)
+            found = group_system(weighted(terms), group.size, centred=centred)
+            known = systems[group.name] = (terms, found)
+        return known[1]
+
+    def gone(group: Group, terms: Sequence[Term], number: int) -> np.ndarray:
+        known = orders.get(group.name)
+        if known is None or known[0] is not terms or known[1].size < number:
+            found = elimination_order(
+                weighted(terms), group.size, group.size - number,
+                loss_scores=loss.get(group.name), mu=mu, ridge=ridge,
+                centred=[term.tap.intercept is not None for term in terms],
+            )  # fmt: skip
+            known = orders[group.name] = (terms, found)
+        return known[1][:number]
 
     def choose(group: Group, terms: Sequence[Term], keep: int) -> np.ndarray:
         if keep >= group.size:
             return np.arange(group.size)
         if not terms:
             return top(fallback[group.name], keep)
+        if selection == "elimination":
+            removed = gone(group, terms, group.size - keep)
+            return np.setdiff1d(np.arange(group.size), removed)
         scores = scaled_scores(loss.get(group.name, np.zeros(group.size)))
         return select_gates(
             system(group, terms), scores, keep, mu=mu, nonnegative=nonnegative
