@@ -31,7 +31,8 @@ Progress = Callable[[str, int, int], None]
 # Fields of `options.Pruning` that `prune` takes by the same name, if they are set.
 _METHOD_OPTIONS = (
     "entropy_threshold", "similarity_threshold", "importance", "bins", "pairing",
-    "spatial", "fold", "round_to", "min_keep", "strategy", "allocation", "mu",
+    "spatial", "fold", "round_to", "min_keep", "strategy", "allocation",
+    "selection", "mu",
     "feature_importance", "refit", "passes", "positions", "ridge",
 )  # fmt: skip
 STAGES = ("base", "prune", "finetune", "evaluate")

@@ -66,6 +66,7 @@ class Pruning:
       strategy: of criteria, "uniform", "global" or "isomorphic".
       allocation: widths of the methods that go layer by layer, "sensitivity" or
         "uniform".
+      selection: of cpli, "lasso" or "elimination".
       mu: weight of the classification loss in cpli.
       feature_importance: weigh features by what the next layer needs, in cpli.
       refit: "none", "bias" or "lstsq".
@@ -93,6 +94,7 @@ class Pruning:
     min_keep: int | None = None
     strategy: str | None = None
     allocation: str | None = None
+    selection: str | None = None
     mu: float | None = None
     feature_importance: bool | None = None
     refit: str | None = None
@@ -247,6 +249,7 @@ _RANGES = {
     "prune.refit": _one_of("none", "bias", "lstsq"),
     "prune.passes": _one_of("sequential", "single"),
     "prune.strategy": _one_of("uniform", "global", "isomorphic"),
+    "prune.selection": _one_of("lasso", "elimination"),
     "prune.allocation": _one_of("uniform", "sensitivity"),
     "prune.bins": _one_of("shared", "range"),
     "prune.pairing": _one_of("clusters", "pairs"),

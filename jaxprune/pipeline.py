@@ -174,7 +174,7 @@ def _split_options(
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     } - internal
     if method == "lasso":
-        taken -= {"mu", "feature_importance", "loss_term"}
+        taken -= {"selection", "mu", "feature_importance", "loss_term"}
     unknown = [n for n in options if n not in taken and n not in SELECTION]
     # A preset that is not asked for is no option.
     unknown = [n for n in unknown if not (n == "preset" and options[n] is None)]
