@@ -83,6 +83,19 @@ def test_merge_and_weights():
     close(mom.covariances(weighted), whole, rtol=1e-6)
 
 
+def test_means_alone_are_those_of_the_whole_moments():
+    x, y = data(n=100)
+    means = mom.zeros(24, 5, second=False)
+    for start in range(0, 100, 30):
+        part = slice(start, start + 30)
+        means = update(means, x[part], y[part], np.ones(len(x[part]), np.float32))
+    assert means.xx.shape == (0, 0) and means.xy.shape == (0, 5)
+    found, whole = mom.covariances(means), exact(x, y)
+    np.testing.assert_allclose(found.mean_x, whole[1], rtol=1e-6)
+    np.testing.assert_allclose(found.mean_y, whole[2], rtol=1e-6)
+    np.testing.assert_allclose(found.yy, whole[5], rtol=1e-5)
+
+
 def test_uncentred_and_empty_covariances():
     x, y = data()
     found = mom.covariances(stream(x, y, 512), centred=False)

@@ -47,6 +47,7 @@ def follow_plan(
         () if refit == "none" else find_taps(graph),
         choose,
         groups=groups,
+        second=refit == "lstsq",
         refit=refit,
         passes=passes,
         positions=positions,

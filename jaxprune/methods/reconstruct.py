@@ -92,6 +92,7 @@ def reconstruct(
     *,
     groups: Sequence[Group],
     places: Mapping[str, Place] | None = None,
+    second: bool = True,
     refit: Refit = "lstsq",
     passes: Passes = "sequential",
     positions: int | None = 10,
@@ -108,6 +109,8 @@ def reconstruct(
       choose: picks a group's kept channels; called once a group.
       groups: those to prune; the others are kept whole.
       places: where the groups' activations are, for a `choose` that observes them.
+      second: whether the terms that `choose` is given hold second moments; without,
+        the refit can be "bias" or "none" only, and costs a fraction.
       refit: "lstsq" solves for the consumers' kernels, "bias" only shifts their
         intercept by the mean of what was removed, "none" leaves the rest as it is.
       passes: "sequential" measures X anew after each group, so that later layers
@@ -124,7 +127,9 @@ def reconstruct(
     of_group = [group_taps(taps, group) for group in groups]
     if passes == "single":
         unique = {tap.site: tap for mine in of_group for tap in mine}
-        measured = relay.moments(list(unique.values()), variables, seed=seed)
+        measured = relay.moments(
+            list(unique.values()), variables, seed=seed, second=second
+        )
     for number, (group, mine) in enumerate(zip(groups, of_group, strict=True)):
         place = places.get(group.name)
         if passes == "sequential" and (mine or place):
@@ -132,7 +137,7 @@ def reconstruct(
             ahead += [places[g.name].site for g in groups[number:] if g.name in places]
             relay.advance(ahead, current)
         if passes == "sequential":
-            measured = relay.moments(mine, current, seed=seed + number)
+            measured = relay.moments(mine, current, seed=seed + number, second=second)
         leaves = trees.flatten(current)
         terms = measured_terms(group, mine, measured, leaves)
         observe = None

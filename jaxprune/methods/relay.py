@@ -88,17 +88,18 @@ class Relay:
         self._start, self._states = stop, moved
 
     def moments(
-        self, taps: Sequence[Tap], current: Any, *, seed: int
+        self, taps: Sequence[Tap], current: Any, *, seed: int, second: bool = True
     ) -> dict[str, Moments]:
         """{kernel path: moments}: X in the current network, Y in the original one.
 
-        Kernels used at several places gather all their uses.
+        Kernels used at several places gather all their uses. Without `second` only
+        the means are taken.
         """
         groups = by_kernel(taps)
         if not groups:
             return {}
         sums = {
-            path: moments_lib.zeros(uses[0].rows, uses[0].outputs)
+            path: moments_lib.zeros(uses[0].rows, uses[0].outputs, second=second)
             for path, uses in groups.items()
         }
         step = jax.jit(self._step(taps), donate_argnums=0)

@@ -40,9 +40,15 @@ class Moments(NamedTuple):
     low: tuple[Any, ...]
 
 
-def zeros(rows: int, outputs: int) -> Moments:
-    """Moments of no sample, for R = `rows` inputs and N = `outputs` targets."""
-    shapes = ((), (rows,), (outputs,), (rows, rows), (rows, outputs), (outputs,))
+def zeros(rows: int, outputs: int, *, second: bool = True) -> Moments:
+    """Moments of no sample, for R = `rows` inputs and N = `outputs` targets.
+
+    Args:
+      second: False leaves xx and xy out, for the means alone: (0, 0) and (0, N), and
+        `update` keeps them so.
+    """
+    size = rows if second else 0
+    shapes = ((), (rows,), (outputs,), (size, size), (size, outputs), (outputs,))
     # Two allocations: a donated buffer must not be passed twice.
     words = [tuple(jnp.zeros(s, jnp.float32) for s in shapes) for _ in range(2)]
     return Moments(*words[0], low=words[1])
@@ -61,7 +67,8 @@ def update(
         weight = jnp.ones(x.shape[0])
     for start in range(0, x.shape[0], BLOCK):
         block = slice(start, start + BLOCK)
-        moments = merge(moments, _of_block(x[block], y[block], weight[block]))
+        part = _of_block(x[block], y[block], weight[block], len(moments.xx))
+        moments = merge(moments, part)
     return moments
 
 
@@ -71,7 +78,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     share = b.count / jnp.maximum(count, 1e-30)
     dx = (b.mean_x - a.mean_x) + (b.low[1] - a.low[1])
     dy = (b.mean_y - a.mean_y) + (b.low[2] - a.low[2])
-    between = _between(dx, dy, a.count * share)
+    between = _between(dx[: len(a.xx)], dy, a.count * share)
     steps = (b.count, dx * share, dy * share, *b[3:6])
     spread = (low + d for low, d in zip(b.low[3:], between, strict=True))
     lows = (b.low[0], 0.0, 0.0, *spread)
@@ -94,7 +101,7 @@ def psum(moments: Moments, axis_name: str) -> Moments:
         (high[i] - mean[0]) + (low[i] - mean[1])
         for i, mean in zip((1, 2), means, strict=True)
     )
-    between = _between(dx, dy, moments.count)
+    between = _between(dx[: len(moments.xx)], dy, moments.count)
     rest = [
         compensated.psum(high[i], low[i] + extra, axis_name)
         for i, extra in zip((3, 4, 5), between, strict=True)
@@ -113,16 +120,18 @@ def _between(dx: jax.Array, dy: jax.Array, weight: jax.Array) -> tuple[Any, Any,
     return jnp.outer(dx, dx) * weight, jnp.outer(dx, dy) * weight, dy * dy * weight
 
 
-def _of_block(x: jax.Array, y: jax.Array, weight: jax.Array) -> Moments:
+def _of_block(x: jax.Array, y: jax.Array, weight: jax.Array, size: int) -> Moments:
+    """Moments of one block, the second ones of the first `size` inputs."""
     x, y, weight = (a.astype(jnp.float32) for a in (x, y, weight))
     count = weight.sum()
     share = (weight / jnp.maximum(count, 1e-30))[:, None]
     mean_x, mean_y = (x * share).sum(0), (y * share).sum(0)
     x, y = x - mean_x, y - mean_y
     wx, wy = x * weight[:, None], y * weight[:, None]
-    second = _dot(wx, x), _dot(wx, y), (wy * y).sum(0)
     # The rounding of the means, taken from the centred samples.
     low = (jnp.zeros(()), (x * share).sum(0), (y * share).sum(0))
+    wx, x = wx[:, :size], x[:, :size]
+    second = _dot(wx, x), _dot(wx, y), (wy * y).sum(0)
     return Moments(
         count, mean_x, mean_y, *second, low=(*low, *map(jnp.zeros_like, second))
     )
