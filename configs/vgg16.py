@@ -22,28 +22,33 @@ def get_config(arg: str | None = None) -> ConfigDict:
             data="cifar10",
             validation=0.02,
             model="vgg16_seed" if args.preset == "seed" else "cifar_vgg16_bn",
-            train=Training(
-                epochs=160,
-                batch_size=128,
-                learning_rate=0.05,
-                weight_decay=0.0005,
-                warmup_epochs=2.0,
-            ),
+            train=_training(args, epochs=160, sgd=0.05, adamw=0.0005),
             # importance_redundancy estimates entropies and correlations.
             calibration=Calibration(examples=10_000 if redundancy else 5000),
             prune=pruning(args, layer_epochs=3),
-            finetune=Training(
-                epochs=40,
-                batch_size=128,
-                learning_rate=0.02,
-                weight_decay=0.0005,
-                warmup_epochs=2.0,
-            ),
+            finetune=_training(args, epochs=40, sgd=0.02, adamw=0.0001),
         )
     )
     if args.runlocal:
         _trial(config)
     return config
+
+
+def _training(args, *, epochs: int, sgd: float, adamw: float) -> Training:
+    """SGD, or AdamW for the preset's network, which has no BatchNorm.
+
+    A quarter of its width on 9,000 images stayed at chance for 4 epochs of SGD at 0.05;
+    AdamW brought it to 31 % in two.
+    """
+    plain = args.preset == "seed"
+    return Training(
+        epochs=epochs,
+        batch_size=128,
+        optimizer="adamw" if plain else "sgd",
+        learning_rate=adamw if plain else sgd,
+        weight_decay=0.05 if plain else 0.0005,
+        warmup_epochs=2.0,
+    )
 
 
 def _trial(config: ConfigDict) -> None:

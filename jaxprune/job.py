@@ -174,6 +174,7 @@ def _layer_finetune(setting: Setting) -> Callable[[Any, Any], Any] | None:
     training = dataclasses.replace(
         setting.options.finetune,
         epochs=epochs,
+        warmup_epochs=min(setting.options.finetune.warmup_epochs, epochs / 10),
         patience=setting.options.prune.layer_patience,
         distill_weight=0.0,
     )
