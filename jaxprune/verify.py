@@ -11,10 +11,11 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune import trees
-from jaxprune.check import align, axis_mask, slim_handle
+from jaxprune.check import align, axis_mask, kept_shape, slim_handle
 from jaxprune.errors import EmissionError, GraphError
 from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
+from jaxprune.graph.evaluate import bind
 from jaxprune.records import Plan
 from jaxprune.rescale import fold_constants, with_original
 from jaxprune.surgery import shrink
@@ -64,7 +65,8 @@ def masked_outputs(
             if not kept.all():
                 shape = [1] * array.ndim
                 shape[dim] = kept.size
-                array = jnp.where(jnp.asarray(kept).reshape(shape), array, value)
+                other = jnp.asarray(value, array.dtype)
+                array = jnp.where(jnp.asarray(kept).reshape(shape), array, other)
         return array
 
     def before(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
@@ -79,6 +81,23 @@ def masked_outputs(
         values = graph.records[site].outputs
         return [silence(r, v.axes) for r, v in zip(results, values, strict=True)]
 
+    def execute(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
+        if eqn.primitive.name != "random_bits":
+            return bind(eqn, operands)
+        # The slim program draws its noise at its own size: the same draw, spread out.
+        axes = graph.records[site].outputs[0].axes
+        full = tuple(eqn.outvars[0].aval.shape)
+        drawn = bind(
+            eqn, operands, {**eqn.params, "shape": kept_shape(graph, mask, axes, full)}
+        )[0]
+        kept = [
+            np.arange(size)
+            if axis is None
+            else np.flatnonzero(axis_mask(graph, mask, axis))
+            for axis, size in zip(axes, full, strict=True)
+        ]
+        return [jnp.zeros(full, drawn.dtype).at[np.ix_(*kept)].set(drawn)]
+
     def run(variables: Any, inputs: Any) -> list[Any]:
         arguments = tree_arguments(variables, inputs)
         values = list(graph.leaves.values())
@@ -91,6 +110,7 @@ def masked_outputs(
             arguments,
             before=before,
             after=after,
+            execute=execute,
             loops=True,
             literals=literals,
         )

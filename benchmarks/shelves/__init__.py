@@ -1,0 +1,1 @@
+"""Models that jaxprune's authors did not write, by the package they come from."""

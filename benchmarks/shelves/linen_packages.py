@@ -1,0 +1,176 @@
+"""Linen modules of packages: flaim, flaxmodels and Brax, at small sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flaxmodels
+import jax
+from brax.training import networks
+from flaim import models as flaim
+from flaim.models.factory import CONFIGS
+
+from .case import Case, Shelf, linen, normal
+
+MODELS = Shelf()
+IMAGE = (2, 32, 32, 3)
+
+# flaim: (class, options that make it small)
+FLAIM: dict[str, tuple[Any, dict[str, Any]]] = {
+    "CaiT": (flaim.cait.Cait, {"depth": 2, "token_dim": 32, "n_heads": 4}),
+    "ConvMixer": (flaim.convmixer.ConvMixer, {"depth": 2, "dim": 24}),
+    "ConvNeXt V2": (
+        flaim.convnext.ConvNeXt,
+        {"depths": (1, 2), "out_dims": (16, 24), "grn": True},
+    ),
+    "GCViT": (
+        flaim.gcvit.GCViT,
+        {
+            "depths": (2, 2),
+            "token_dim": 16,
+            "n_heads": (2, 4),
+            "window_size_factors": (8, 4),
+        },
+    ),
+    "HorNet": (
+        flaim.hornet.HorNet,
+        {"depths": (1, 1), "out_dim_first_stage": 16, "orders": (2, 3)},
+    ),
+    "MaxViT": (
+        flaim.maxvit.MaxViT,
+        {
+            "depths": (1, 1),
+            "out_dims": (16, 32),
+            "stem_out_dim": 16,
+            "head_dim": 8,
+            "partition_size_factor": 8,
+        },
+    ),
+    "NesT": (
+        flaim.nest.NesT,
+        {"depths": (1, 1), "token_dims": (16, 32), "n_heads": (2, 4)},
+    ),
+    "PVT v2": (
+        flaim.pvtv2.PVTV2,
+        {
+            "depths": (1, 1),
+            "token_dims": (16, 32),
+            "n_heads": (1, 2),
+            "sr_factors": (2, 1),
+            "mlp_hidden_dim_expansion_factors": (4.0, 4.0),
+        },
+    ),
+    "RegNet": (
+        flaim.regnet.RegNet,
+        {"depths": (1, 2), "out_dims": (16, 32), "dim_per_cardinal": 8},
+    ),
+    "ResNeXt": (
+        flaim.resnet.ResNet,
+        {"depths": (1, 1), "cardinality": 4, "dim_per_cardinal_first_stage": 4},
+    ),
+    "Swin": (
+        flaim.swin.Swin,
+        {"depths": (2, 2), "token_dim": 16, "n_heads": (2, 4), "window_size": 4},
+    ),
+    "VAN": (
+        flaim.van.VAN,
+        {
+            "depths": (1, 1),
+            "out_dims": (16, 24),
+            "mlp_hidden_dim_expansion_factors": (4.0, 4.0),
+        },
+    ),
+    "ViT, relative positions": (
+        flaim.vit.ViT,
+        {
+            "depth": 2,
+            "token_dim": 32,
+            "n_heads": 4,
+            "patch_size": 8,
+            "rel_pos_embed": True,
+        },
+    ),
+    "XCiT": (
+        flaim.xcit.XCiT,
+        {"depth": 2, "token_dim": 32, "n_heads": 4, "patch_size": 8},
+    ),
+}
+
+
+def _flaim(kind: Any, options: dict[str, Any]) -> Callable[[], Case]:
+    return lambda: linen(kind(**options, n_classes=5), normal(*IMAGE))
+
+
+for _name, (_kind, _options) in FLAIM.items():
+    MODELS(f"{_name} (flaim)")(_flaim(_kind, _options))
+
+
+@MODELS("EfficientNet V2 B0 (flaim)")
+def efficientnet_v2() -> Case:
+    options = dict(CONFIGS["tf_efficientnetv2_b0_in1k"])
+    kind = options.pop("model_cls")
+    options = {k: v for k, v in options.items() if k in kind.__dataclass_fields__}
+    options |= {"depths": (1,) * len(options["depths"]), "n_classes": 5}
+    return linen(kind(**options), normal(*IMAGE))
+
+
+def _unit(*shape: int) -> Any:
+    return jax.random.uniform(jax.random.key(3), shape)
+
+
+@MODELS("ResNet-18 (flaxmodels)")
+def resnet18() -> Case:
+    model = flaxmodels.ResNet18(output="logits", pretrained=None, num_classes=5)
+    return linen(model, _unit(*IMAGE), train=False)
+
+
+@MODELS("VGG-16 (flaxmodels)")
+def vgg16() -> Case:
+    model = flaxmodels.VGG16(output="logits", pretrained=None, num_classes=5)
+    return linen(model, _unit(*IMAGE), train=False)
+
+
+@MODELS("StyleGAN2 discriminator (flaxmodels)")
+def stylegan_discriminator() -> Case:
+    model = flaxmodels.stylegan2.Discriminator(
+        resolution=16, fmap_base=128, fmap_max=16, pretrained=None
+    )
+    return linen(model, normal(4, 16, 16, 3))
+
+
+@MODELS("StyleGAN2 generator (flaxmodels)")
+def stylegan_generator() -> Case:
+    model = flaxmodels.stylegan2.Generator(
+        resolution=16,
+        z_dim=16,
+        w_dim=16,
+        mapping_layer_features=16,
+        num_mapping_layers=2,
+        num_ws=6,
+        fmap_base=128,
+        fmap_max=16,
+        pretrained=None,
+    )
+
+    def apply(module: Any, variables: Any, z: Any) -> Any:
+        return module.apply(variables, z, train=False, noise_mode="const")
+
+    return linen(model, normal(2, 16), apply=apply, train=False)
+
+
+@MODELS("MLP with layer norm (Brax)")
+def brax_mlp() -> Case:
+    return linen(networks.MLP((32, 24, 6), layer_norm=True), normal(3, 10))
+
+
+@MODELS("MLP with spectral norm (Brax)")
+def brax_spectral() -> Case:
+    return linen(networks.SNMLP((32, 24, 6)), normal(3, 10))
+
+
+@MODELS("pixels to actions (Brax)")
+def brax_vision() -> Case:
+    model = networks.VisionMLP((24, 6), layer_norm=True, activation=nn.swish)
+    return linen(model, {"pixels/view_0": normal(2, 36, 36, 3)})
