@@ -146,6 +146,7 @@ def _align(
                 )
         _check_params(eqn, other, here)
         _check_starts(graph, mask, record, other, here)
+        _check_positions(graph, mask, record, here)
         _check_literals(eqn, other, here)
         literals[here] = [
             atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
@@ -257,14 +258,33 @@ def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.nda
 def _check_starts(graph, mask, record, other, here) -> None:
     if record.name != "slice":
         return
-    source = record.inputs[0].axes
-    starts = record.eqn.params["start_indices"]
-    for axis, start, found in zip(
-        source, starts, other.params["start_indices"], strict=True
+    source, params = record.inputs[0].axes, record.eqn.params
+    starts = params["start_indices"]
+    for axis, start, found, stride in zip(
+        source,
+        starts,
+        other.params["start_indices"],
+        params["strides"] or (1,) * len(starts),
+        strict=True,
     ):
-        kept = start if axis is None else axis_mask(graph, mask, axis)[:start].sum()
+        kept = start
+        if axis is not None and stride == 1:  # else: the first of every pair
+            kept = axis_mask(graph, mask, axis)[:start].sum()
         if int(kept) != found:
             raise EmissionError(
                 f"a slice did not follow at {here}: expected start {int(kept)}, found "
                 f"{found}"
             )
+
+
+def _check_positions(graph, mask, record, here) -> None:
+    """Positions that the source counts anew would not be those of the kept channels."""
+    if record.name != "iota":
+        return
+    axis = record.outputs[0].axes[record.eqn.params["dimension"]]
+    if axis is not None and not axis_mask(graph, mask, axis).all():
+        raise EmissionError(
+            f"positions along a channel axis (iota {here}) are counted anew by the slim "
+            "model: the angles of the channels that are left would change. Keep that "
+            "group whole, or shrink with replay=True"
+        )

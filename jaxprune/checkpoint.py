@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 from jaxprune import trees
 from jaxprune.errors import CheckpointError, first_line
 from jaxprune.frameworks import handle_of
+from jaxprune.frameworks.replay import Replayed, replay
+from jaxprune.graph import ChannelGraph
 from jaxprune.records import Plan, Slim
 
 Path = str | pathlib.Path
@@ -192,6 +194,8 @@ def save(path: Path, slim: Slim) -> None:
         "report": dict(slim.report),
         # What a wrapped module needs beside the shapes, such as GroupNorm's groups.
         "settings": slim.report.get("settings", ()),
+        # Such a function is made of the original's program, not of its source.
+        "replayed": isinstance(slim.model, Replayed),
     }
 
     def write(partial: pathlib.Path) -> None:
@@ -211,10 +215,12 @@ def load(path: Path, model: Any) -> Slim:
     Args:
       path: the directory.
       model: the original architecture: a Linen module, or an NNX object of the
-        original sizes (its weights are not used).
+        original sizes (its weights are not used). For what `shrink(replay=True)`
+        made, the graph that `trace` returns for the original.
 
     Raises:
-      CheckpointError: missing, damaged, or of another format.
+      CheckpointError: missing, damaged, of another format, or replayed and `model` is
+        no graph.
     """
     found = _existing(path)
     try:
@@ -231,11 +237,18 @@ def load(path: Path, model: Any) -> Slim:
             f"{found} has format {version}, this jaxprune reads {_FORMAT}; load it "
             "with the version that wrote it"
         )
-    variables = load_variables(found)
+    variables, kept = load_variables(found), Plan.from_json(plan)
+    if isinstance(model, ChannelGraph):
+        variables = trees.unflatten_like(model.variables, trees.flatten(variables))
+        if record.get("replayed"):
+            return Slim(replay(model, kept), variables, kept, report)
+        model = model.handle.model
+    if record.get("replayed"):
+        raise CheckpointError(
+            f"{found} holds a model that shrink(replay=True) made: expected the graph "
+            "of the original, whose program is replayed at the smaller sizes, found "
+            f"{type(model).__name__}; call jp.load(path, jp.trace(model, variables, "
+            "x)), for which shapes of the original variables are enough"
+        )
     handle = handle_of(model).rebuild(variables, settings)
-    return Slim(
-        model=handle.model,
-        variables=variables,
-        plan=Plan.from_json(plan),
-        report=report,
-    )
+    return Slim(handle.model, variables, kept, report)

@@ -19,7 +19,7 @@ def shrink(
     plan: Plan | Mapping[str, Any],
     variables: Any = None,
     *,
-    replay: bool = False,
+    replay: bool | None = None,
 ) -> Slim:
     """The smaller model: same architecture, sliced arrays of every collection.
 
@@ -35,12 +35,14 @@ def shrink(
       variables: arrays to slice (refitted ones, say); by default those traced.
       replay: for models whose source states widths: `slim.model` becomes a function
         (variables, *inputs) -> outputs that evaluates the original's program at the
-        new sizes (`jaxprune.frameworks.replay`), so that those groups shrink too.
+        new sizes (`jaxprune.frameworks.replay`), so that those groups shrink too. By
+        default as the graph was traced.
 
     Raises:
       PlanError: the plan does not fit the graph.
       GraphError: the variables are not those that were traced.
     """
+    replay = graph.replay if replay is None else replay
     plan, left = follow(graph, graph.complete(plan), check_replay if replay else None)
     source = graph.variables if variables is None else variables
     small = slice_variables(graph, plan, source)

@@ -20,6 +20,7 @@ def trace(
     ignore: Sequence[str] = (),
     strict: bool = False,
     outputs: Outputs = None,
+    replay: bool = False,
 ) -> ChannelGraph:
     """The channel graph of a model, traced abstractly: nothing of it is run.
 
@@ -40,6 +41,10 @@ def trace(
       outputs: which outputs keep their shapes where a model returns several: name
         patterns ("logits"), or a function that picks from what the model returns;
         all of them by default. The others shrink with what they show.
+      replay: for `shrink(replay=True)`, which it makes the default: channels shrink
+        too along which the source computes positions or a table of constants (the
+        pairs of a rotary embedding, sinusoidal positions). A module cannot follow
+        there, because its source would compute others for the smaller width.
 
     Raises:
       GraphError: the model does not run on these variables and inputs.
@@ -51,7 +56,13 @@ def trace(
     _only_arrays(variables)
     try:
         return build(
-            handle, variables, inputs, ignore=ignore, strict=strict, outputs=outputs
+            handle,
+            variables,
+            inputs,
+            ignore=ignore,
+            strict=strict,
+            outputs=outputs,
+            replay=replay,
         )
     except GraphError:
         raise

@@ -13,6 +13,7 @@ from jax.extend import core as jex
 from jaxprune import trees
 from jaxprune.check import align, axis_mask, kept_shape, slim_handle
 from jaxprune.errors import EmissionError, GraphError
+from jaxprune.frameworks.program import shape_of
 from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import bind
@@ -37,7 +38,7 @@ def masked_outputs(
     variables: Any,
     inputs: Any,
     *,
-    replay: bool = False,
+    replay: bool | None = None,
 ) -> list[jax.Array]:
     """Flat outputs of the ORIGINAL program with removed channels silenced throughout.
 
@@ -49,6 +50,7 @@ def masked_outputs(
     values.
     """
     plan = graph.complete(plan)
+    replay = graph.replay if replay is None else replay
     graph = graph.retrace(inputs)
     mask = graph.unit_mask(plan)
     if replay:
@@ -86,7 +88,7 @@ def masked_outputs(
             return bind(eqn, operands)
         # The slim program draws its noise at its own size: the same draw, spread out.
         axes = graph.records[site].outputs[0].axes
-        full = tuple(eqn.outvars[0].aval.shape)
+        full = shape_of(eqn.outvars[0])
         drawn = bind(
             eqn, operands, {**eqn.params, "shape": kept_shape(graph, mask, axes, full)}
         )[0]
@@ -124,7 +126,7 @@ def verify(
     x: Any,
     *,
     variables: Any = None,
-    replay: bool = False,
+    replay: bool | None = None,
     tolerance: float = 1e-4,
 ) -> float:
     """max |masked original - slim| over the outputs, on the inputs x.
@@ -150,6 +152,7 @@ def verify(
             f"the graph was traced without arrays: expected an array at {abstract[0]}, "
             "found its shape alone; pass verify(..., variables=arrays)"
         )
+    replay = graph.replay if replay is None else replay
     slim = shrink(graph, plan, source, replay=replay)
     graph = graph.retrace(inputs)
     expected = masked_outputs(graph, slim.plan, source, inputs, replay=replay)

@@ -149,6 +149,15 @@ def grouped_shuffle_grouped(x):
     return head(nn.relu(conv(8, "c")(x)))
 
 
+@pattern("a", "b", "c")
+def grouped_shuffle_in_whole_groups(x):
+    x = nn.relu(conv(18, "a", feature_group_count=3)(x))
+    b, h, w, c = x.shape
+    x = jnp.swapaxes(x.reshape(b, h, w, 3, c // 3), 3, 4).reshape(b, h, w, c)
+    x = nn.relu(conv(12, "b", feature_group_count=3)(x))
+    return head(nn.relu(conv(8, "c")(x)))
+
+
 @pattern("a", "b")
 def pixel_shuffle(x):
     x = conv(16, "a")(x)

@@ -37,7 +37,13 @@ OPERATIONS = {
     "pad_positions": (lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0))), C),
     "pad_channels": (lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 2))), C),
     "crop_channels": (lambda x: x[..., 1:], 0),
-    "stride_channels": (lambda x: x[..., ::2], 0),
+    "stride_channels": (lambda x: x[..., ::2], C // 2),
+    "stride_from_one": (lambda x: x[..., 1::2], C // 2),
+    "stride_uneven": (lambda x: x[..., ::3], 0),
+    "rotate_every_two": (
+        lambda x: jnp.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape),
+        C // 2,
+    ),
     "halves": (lambda x: _half(x, 0) * jnp.tanh(_half(x, 1)), C // 2),
     "swapped_halves": (
         lambda x: jnp.concatenate([-_half(x, 1), _half(x, 0)], -1),

@@ -87,7 +87,7 @@ def program_of(
             variables, tuple(inputs)
         )
     atoms = Atoms()
-    walk = Walk(atoms, RULES)
+    walk = Walk(atoms, RULES, tables=True)
     leaves = {
         path: Value(tuple(walk.fresh(size) for size in leaf.shape), pure=True)
         for path, leaf in trees.flatten(variables).items()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -57,7 +58,11 @@ class Replayed:
 
         def run(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
             record = program.records[site]
-            results = bind(eqn, operands, resized(program, record))
+            if record.name == "iota":
+                # Positions of what is left; resized, they would be counted anew.
+                results = [jnp.asarray(program.take(_iota(eqn), record.outputs[0]))]
+            else:
+                results = bind(eqn, operands, resized(program, record))
             for result, value, var in zip(
                 results, record.outputs, eqn.outvars, strict=True
             ):
@@ -162,6 +167,13 @@ def resized(program: Program, record: Record) -> dict[str, Any]:
     return params
 
 
+def _iota(eqn: jex.JaxprEqn) -> np.ndarray:
+    shape, along = eqn.params["shape"], eqn.params["dimension"]
+    column = [-1 if dim == along else 1 for dim in range(len(shape))]
+    positions = np.arange(shape[along], dtype=eqn.params["dtype"]).reshape(column)
+    return np.broadcast_to(positions, shape)
+
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -174,15 +186,18 @@ def _named(name: str) -> Callable[..., dict[str, Any]]:
 
 def _slice(program: Program, record: Record, inputs: Shapes, outputs: Shapes):
     starts, limits = [], []
+    params = record.eqn.params
     bounds = zip(
         record.inputs[0].axes,
-        record.eqn.params["start_indices"],
-        record.eqn.params["limit_indices"],
+        params["start_indices"],
+        params["limit_indices"],
+        params["strides"] or (1,) * len(params["start_indices"]),
         strict=True,
     )
-    for axis, start, limit in bounds:
+    for axis, start, limit, stride in bounds:
         kept = None if axis is None else program.kept(axis)
-        starts.append(start if kept is None else int(kept[:start].sum()))
+        fixed = kept is None or stride != 1  # the first of every pair stays the first
+        starts.append(start if fixed else int(kept[:start].sum()))
         limits.append(limit if kept is None else int(kept[:limit].sum()))
     return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
 
@@ -221,7 +236,6 @@ def _convolution(program: Program, record: Record, inputs: Shapes, outputs: Shap
 
 _RULES: dict[str, Callable[..., dict[str, Any]]] = {
     "broadcast_in_dim": _named("shape"),
-    "iota": _named("shape"),
     "random_bits": _named("shape"),
     "empty": _named("shape"),
     "empty2": _named("shape"),

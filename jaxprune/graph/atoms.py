@@ -90,16 +90,39 @@ class Atoms:
             return [table[:, 0], *[None] * (len(sizes) - 1)]
         grid = self._grid(axis)
         if grid is not None:
-            lengths = [factor.size for factor in grid]
-            for cut in range(1, len(grid)):
-                if math.prod(lengths[:cut]) == outer:
-                    head = self.merge([(f, f.size) for f in grid[:cut]])
-                    tail = self.merge([(f, f.size) for f in grid[cut:]])
-                    assert tail is not None
-                    return [head, *self._split(tail, sizes[1:])]
+            grid, cut = self._cut(grid, outer)
+            if cut:
+                head = self.merge([(f, f.size) for f in grid[:cut]])
+                tail = self.merge([(f, f.size) for f in grid[cut:]])
+                assert tail is not None
+                return [head, *self._split(tail, sizes[1:])]
         head, tail = self.fresh(outer), self.fresh(inner)
         self.ties.append((self._product(head, tail), axis))
         return [head, *self._split(tail, sizes[1:])]
+
+    def _cut(self, grid: list[np.ndarray], outer: int) -> tuple[list[np.ndarray], int]:
+        """How many factors of the grid make an outer axis of that size, or 0.
+
+        The factor in which the cut falls is split in two (the channels of a feature
+        group, between two grouped convolutions with a channel shuffle).
+        """
+        lengths = [factor.size for factor in grid]
+        for cut in range(1, len(grid)):
+            if math.prod(lengths[:cut]) == outer:
+                return grid, cut
+        before = next(
+            k for k in range(len(grid)) if math.prod(lengths[: k + 1]) > outer
+        )
+        done = math.prod(lengths[:before])
+        if outer % done or lengths[before] % (outer // done):
+            return grid, 0
+        parts = self._split(
+            grid[before], [outer // done, lengths[before] * done // outer]
+        )
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return grid, 0
+        return [*grid[:before], *found, *grid[before + 1 :]], before + 1
 
     def _pair(self, outer: Axis, outer_size: int, inner: Axis, inner_size: int) -> Axis:
         if outer is None:

@@ -49,7 +49,7 @@ class ChannelGraph:
       leaves: node vectors of the variables, by name.
       results: what the walk knew of each output, flat.
       outputs: as given to `trace`, the outputs that keep their shapes.
-      ignore: the patterns that were given to `trace`.
+      ignore, replay: as given to `trace`.
       notes: what the handle noted while it was traced.
       aligned: what the static check found last, by channel mask.
     """
@@ -68,6 +68,7 @@ class ChannelGraph:
     results: tuple[Value, ...] = ()
     outputs: Outputs = None
     ignore: tuple[str, ...] = ()
+    replay: bool = False
     notes: Mapping[str, int] = field(default_factory=dict)
     aligned: dict[bytes, Any] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
@@ -161,6 +162,7 @@ class ChannelGraph:
             inputs,
             ignore=self.ignore,
             outputs=self.outputs,
+            replay=self.replay,
         )
         sizes = [{g.name: g.size for g in graph.groups} for graph in (self, found)]
         if sizes[0] != sizes[1]:
@@ -236,6 +238,7 @@ def build(
     ignore: Sequence[str] = (),
     strict: bool = False,
     outputs: Outputs = None,
+    replay: bool = False,
 ) -> ChannelGraph:
     """The channel graph of `handle(variables, *inputs)`, traced without running it.
 
@@ -247,6 +250,8 @@ def build(
       strict: raise at the first operation without a rule instead of freezing.
       outputs: the outputs that keep their shapes: name patterns, or a function that
         picks them from what the model returns; all of them by default.
+      replay: let what only a replay can shrink shrink too: positions and constants
+        that vary along a channel axis.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     structs = jax.tree.map(_struct, (variables, tuple(inputs)))
@@ -268,7 +273,7 @@ def build(
         )
     names = list(trees.flatten(structs[0]))
     atoms = Atoms()
-    walk = Walk(atoms, RULES)
+    walk = Walk(atoms, RULES, replay)
     leaves = jax.tree_util.tree_leaves(structs[0])
     values = {}
     for name, leaf in zip(names, leaves, strict=True):
@@ -308,6 +313,7 @@ def build(
         results=tuple(results),
         outputs=outputs,
         ignore=ignore,
+        replay=replay,
         notes=notes,
     )
 

@@ -68,10 +68,16 @@ Rule = Callable[["Walk", jex.JaxprEqn, Sequence[Value]], Sequence[tuple[Axis, ..
 
 @dataclass(eq=False)
 class Walk:
-    """The state of one walk; rules call its methods."""
+    """The state of one walk; rules call its methods.
+
+    Attributes:
+      tables: positions and varying constants may lose channels: for a replay, which
+        slices what the source computes at full size (a rotary embedding's angles).
+    """
 
     atoms: Atoms
     rules: dict[str, Rule]
+    tables: bool = False
     records: dict[Site, Record] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     site: Site = ()
@@ -146,7 +152,8 @@ class Walk:
         return self.atoms.fresh(size) if size > 1 else None
 
     def constant(self, value: Any, shape: Sequence[int]) -> Value:
-        """A constant of the program: uniform axes adopt, varying ones freeze.
+        """A constant of the program: uniform axes adopt, varying ones freeze (or
+        adopt as well, where `tables` is set).
 
         Abstract or extended-dtype constants (PRNG keys) count as varying.
         """
@@ -162,7 +169,8 @@ class Walk:
         axes = []
         for axis, size in enumerate(shape):
             first = np.take(array, [0], axis)
-            axes.append(self.fresh(size) if (array == first).all() else None)
+            adopts = self.tables or (array == first).all()
+            axes.append(self.fresh(size) if adopts else None)
         return Value(tuple(axes), pure=True)
 
 

@@ -77,7 +77,8 @@ def _meets(walk: Walk, values: Sequence[Value], shapes) -> str:
         if any(a is None for a in met) and any(a is not None for a in met):
             return (
                 f"combined at {walk.where} with an array that has no channels there "
-                "(an input, a position, a varying constant)"
+                "(an input; or a position or varying constant, which "
+                "trace(replay=True) lets shrink)"
             )
     return ""
 

@@ -171,11 +171,16 @@ def cut(walk: Walk, axis: Axis, size: int, start: int, stop: int, stride: int) -
     """Part of an axis: equal parts are tied position by position, others freeze.
 
     The source cuts at a share of the axis (halves of a GLU, thirds of a fused qkv),
-    and that share falls in the right place only if all parts shrink alike.
+    and that share falls in the right place only if all parts shrink alike. So do every
+    second, third ... index (the pairs of a rotary embedding).
     """
     if axis is None or (start, stop, stride) == (0, size, 1):
         return axis
     length = stop - start
+    if interleaved(size, start, stop, stride):
+        for part in axis.reshape(-1, stride).T[1:]:
+            walk.atoms.unite(axis[::stride], part, "")
+        return axis[start:stop:stride]
     if stride != 1 or length < 2 or size % length or start % length:
         walk.atoms.freeze(axis, f"sliced [{start}:{stop}:{stride}] at {walk.where}")
         return None if length < 2 else axis[start:stop:stride]
@@ -183,6 +188,12 @@ def cut(walk: Walk, axis: Axis, size: int, start: int, stop: int, stride: int) -
     for part in parts[1:]:
         walk.atoms.unite(parts[0], part, "")
     return axis[start:stop]
+
+
+def interleaved(size: int, start: int, stop: int, stride: int) -> bool:
+    """True if the slice takes one index of every `stride` that follow one another."""
+    whole = size % stride == 0 and size > stride > start
+    return stride > 1 and whole and -((start - stop) // stride) == size // stride
 
 
 def split(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
@@ -211,10 +222,14 @@ def tile(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
 
 
 def iota(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Positions along one axis; the others are uniform."""
     del values
     along, shape = eqn.params["dimension"], eqn.params["shape"]
     return [
-        tuple(None if d == along else walk.fresh(size) for d, size in enumerate(shape))
+        tuple(
+            walk.fresh(size) if d != along or walk.tables else None
+            for d, size in enumerate(shape)
+        )
     ]
 
 

@@ -1,0 +1,170 @@
+"""Channels along which the source computes positions or holds a table of constants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import random_plan
+
+import jaxprune as jp
+from jaxprune.frameworks import replay as rewriting
+
+WIDTH, HEADS, LENGTH = 8, 2, 6
+
+
+def _angles(positions):
+    half = WIDTH // 2
+    scale = 100.0 ** -(jnp.arange(half) / half)
+    angle = positions[:, None, None] * scale
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def _halves(x, positions):
+    sin, cos = _angles(positions)
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _pairs(x, positions):
+    sin, cos = (jnp.repeat(y, 2, -1) for y in _angles(positions))
+    turned = jnp.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+    return x * cos + turned * sin
+
+
+def _complex(x, positions):
+    sin, cos = _angles(positions)
+    y = jax.lax.complex(x[..., ::2], x[..., 1::2]) * jax.lax.complex(cos, sin)
+    return jnp.stack([y.real, y.imag], -1).reshape(x.shape)
+
+
+_TABLE = np.random.default_rng(2).normal(size=(32, 1, WIDTH)).astype(np.float32)
+
+
+def _table(x, positions):
+    sin, cos = jnp.split(jnp.take(jnp.asarray(_TABLE), positions, axis=0), 2, -1)
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+ROTATIONS = {"halves": _halves, "pairs": _pairs, "complex": _complex, "table": _table}
+
+
+def _attention(rotate):
+    def apply(params, x):
+        positions = jnp.arange(x.shape[1])
+        q, k, v = (
+            (x @ params[name]).reshape(*x.shape[:2], HEADS, -1) for name in "qkv"
+        )
+        q, k = rotate(q, positions), rotate(k, positions)
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        return y.reshape(*x.shape[:2], -1) @ params["o"]
+
+    return apply
+
+
+def _params(*names):
+    rng = np.random.default_rng(0)
+    shapes = {"o": (HEADS * WIDTH, 5)}
+    return {
+        name: jnp.asarray(
+            rng.normal(size=shapes.get(name, (7, HEADS * WIDTH))), jnp.float32
+        )
+        for name in names
+    }
+
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, LENGTH, 7)), jnp.float32)
+
+
+@pytest.mark.parametrize("name", list(ROTATIONS))
+def test_rotary_pairs_go_together_under_replay(name):
+    apply, params = _attention(ROTATIONS[name]), _params(*"qkvo")
+    frozen = jp.trace(apply, params, X)
+    assert not any(g.size == WIDTH // 2 for g in frozen.groups), frozen
+    graph = jp.trace(apply, params, X, replay=True)
+    pairs = [g for g in graph.groups if g.size == WIDTH // 2]
+    assert {s.path for g in pairs for s in g.slots} == {"q", "k"}
+    first = next(s for s in pairs[0].slots if s.path == "q").index[0]
+    partner = 1 if name in ("pairs", "complex") else WIDTH // 2
+    assert first.tolist() == [0, partner, WIDTH, WIDTH + partner]
+    for seed in range(2):
+        plan = random_plan(graph, seed)
+        slim = jp.shrink(graph, plan)
+        assert slim.report["left_whole"] == {}
+        assert jp.verify(graph, plan, X, tolerance=1e-5) < 1e-4
+    # Another batch size and length.
+    assert jp.verify(graph, plan, jnp.tile(X, (2, 2, 1))[:3, :9]) < 1e-4
+
+
+def test_removed_pairs_are_the_original_with_its_queries_at_zero():
+    """The truth without the graph's own oracle: full size, zeroed by hand."""
+    apply, params = _attention(_halves), _params(*"qkvo")
+    graph = jp.trace(apply, params, X, replay=True)
+    group = next(g for g in graph.groups if g.size == WIDTH // 2)
+    slim = jp.shrink(graph, {group.name: [0, 3]})
+    masked = {k: np.array(v) for k, v in params.items()}
+    for slot in group.slots:
+        masked[slot.path][:, slot.index[[1, 2]].ravel()] = 0
+    np.testing.assert_allclose(
+        slim.model(slim.variables, X), apply(masked, X), atol=1e-5
+    )
+
+
+def test_sinusoidal_positions_do_not_hold_the_stream():
+    table = np.asarray(_TABLE[:LENGTH, 0])
+
+    def apply(params, x):
+        h = x @ params["in"] + table
+        h = h + jax.nn.relu(h @ params["up"]) @ params["down"]
+        return h @ params["out"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"in": (7, 8), "up": (8, 10), "down": (10, 8), "out": (8, 3)}
+    params = {
+        k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
+    }
+    frozen = jp.trace(apply, params, X)
+    assert {g.size for g in frozen.groups} == {10}
+    assert "trace(replay=True)" in frozen.explain("in")
+    graph = jp.trace(apply, params, X, replay=True)
+    assert {g.size for g in graph.groups} == {8, 10}
+    assert jp.verify(graph, random_plan(graph), X) < 1e-4
+
+
+def test_emission_leaves_what_would_be_counted_anew():
+    """Angles of a narrower source are others: as wide, but not those that were kept."""
+    apply, params = _attention(_halves), _params(*"qkvo")
+    graph = jp.trace(apply, params, X, replay=True)
+    pairs = next(g.name for g in graph.groups if g.size == WIDTH // 2)
+
+    def follows(params, x):  # the width is read off the arrays
+        half = params["q"].shape[-1] // HEADS // 2
+        angle = jnp.arange(x.shape[1])[:, None, None] * jnp.arange(half)
+        sin, cos = jnp.sin(angle), jnp.cos(angle)
+
+        def rotate(y, _):
+            a, b = jnp.split(y, 2, -1)
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+        return _attention(rotate)(params, x)
+
+    graph = jp.trace(follows, params, X, replay=True)
+    pairs = next(g.name for g in graph.groups if g.size == WIDTH // 2)
+    slim = jp.shrink(graph, {pairs: [1, 2]}, replay=False)
+    assert "counted anew" in slim.report["left_whole"][pairs]
+    assert slim.variables["q"].shape == params["q"].shape
+
+
+def test_positions_that_are_counted_anew_are_found(monkeypatch):
+    """A replay, or a static check, that lets them through is caught by the proof."""
+    apply, params = _attention(_halves), _params(*"qkvo")
+    graph = jp.trace(apply, params, X, replay=True)
+    pairs = next(g.name for g in graph.groups if g.size == WIDTH // 2)
+
+    def anew(eqn):
+        return np.broadcast_to(np.zeros((), eqn.params["dtype"]), eqn.params["shape"])
+
+    monkeypatch.setattr(rewriting, "_iota", anew)
+    with pytest.raises(jp.PruneError, match="differs from the masked original"):
+        jp.verify(graph, {pairs: [1, 2]}, X)
