@@ -29,7 +29,7 @@ from jaxprune.slicing import slice_variables
 
 def slim_handle(graph: ChannelGraph, plan: Plan, small: Any) -> Any:
     """The handle of the smaller model for sliced variables (real or abstract)."""
-    settings = graph.handle.settings(graph.notes, graph.place_masks(plan))
+    settings = graph.handle.settings(graph.notes, graph.layer_masks(plan))
     try:
         return graph.handle.rebuild(small, settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

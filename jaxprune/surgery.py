@@ -53,7 +53,7 @@ def shrink(
         folded = fold_constants(graph, align(graph, plan))
         small = rescale(keep_indices(graph, plan), folded, small)
         model = slim_handle(graph, plan, small).model
-        settings = graph.handle.settings(graph.notes, graph.place_masks(plan))
+        settings = graph.handle.settings(graph.notes, graph.layer_masks(plan))
     groups = [
         {"name": g.name, "size": g.size, "kept": len(plan[g.name])}
         for g in graph.groups

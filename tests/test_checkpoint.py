@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -227,3 +228,39 @@ def test_a_pruned_object_comes_back_with_its_own_weights(tmp_path):
     loaded = jp.load(tmp_path / "slim", Object(nnx.Rngs(1)))
     np.testing.assert_array_equal(loaded.model(x), slim.model(x))
     assert loaded.plan.to_json() == slim.plan.to_json()
+
+
+def _stated(params, x):
+    """A function whose source states its width."""
+    return jnp.tanh(x @ params.weight).reshape(-1, 8) @ params.out
+
+
+class Params(NamedTuple):
+    weight: jax.Array
+    out: jax.Array
+
+
+def test_a_replayed_model_opens_with_the_graph_of_the_original(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 5)).astype(np.float32)
+    params = Params(jnp.asarray(rng.normal(size=(5, 8))), jnp.ones((8, 3)))
+    slim = jp.shrink(jp.trace(_stated, params, x), {"weight": [1, 2, 6]}, replay=True)
+    assert slim.plan["weight"].size == 3
+    jp.save(tmp_path / "slim", slim)
+    with pytest.raises(CheckpointError) as caught:
+        jp.load(tmp_path / "slim", _stated)
+    for part in (str(tmp_path / "slim"), "replay=True", "found function", "jp.trace"):
+        assert part in str(caught.value)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    loaded = jp.load(tmp_path / "slim", jp.trace(_stated, shapes, x))
+    assert isinstance(loaded.variables, Params)
+    np.testing.assert_array_equal(
+        loaded.model(loaded.variables, x), slim.model(slim.variables, x)
+    )
+
+
+def test_a_graph_opens_an_emitted_model_too(tmp_path, model, variables):
+    slim = slim_of(model, variables)
+    checkpoint.save(tmp_path / "slim", slim)
+    graph = jp.trace(model, variables, jnp.zeros((1, 8, 8, 1)))
+    assert checkpoint.load(tmp_path / "slim", graph).model == slim.model

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+from jaxprune.graph import interpret
 
 SEQUENCE, IMAGE, VOLUME = (2, 6, 5), (2, 6, 6, 5), (2, 4, 4, 4, 5)
 
@@ -305,7 +306,46 @@ def test_a_slim_module_trains_and_keeps_its_collections():
     assert np.abs(rest["batch_stats"]["norm"]["mean"]).max() > 0
 
 
-def test_a_width_that_no_array_tells_is_left_whole():
+class _Unscaled(nn.Module):
+    """A GroupNorm that holds no array, below a remat."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.GroupNorm(4, use_bias=False, use_scale=False)(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.GroupNorm(4, use_bias=False, use_scale=False),
+        lambda: nn.GroupNorm(None, group_size=2, use_bias=False, use_scale=False),
+        _Unscaled,
+        nn.remat(_Unscaled),
+    ],
+)
+def test_groups_of_a_norm_without_arrays_follow(make, tmp_path):
+    model = _Between(make)
+    x = jax.random.normal(jax.random.key(1), IMAGE)
+    variables = _variables(model, x)
+    graph = jp.trace(model, variables, x)
+    assert {g.name: g.size for g in graph.groups} == {"before": 4, "before.1": 2}
+    for plan in (
+        {"before": [1, 3]},
+        {"before.1": [0]},
+        {"before": [2], "before.1": [1]},
+    ):
+        slim = jp.shrink(graph, plan)
+        assert slim.report["left_whole"] == {}
+        assert jp.verify(graph, plan, x) < 1e-5
+    jp.save(tmp_path / "slim", slim)
+    loaded = jp.load(tmp_path / "slim", model)
+    np.testing.assert_array_equal(
+        loaded.model.apply(loaded.variables, x), slim.model.apply(slim.variables, x)
+    )
+
+
+def test_a_width_that_no_array_tells_is_left_whole(monkeypatch):
+    monkeypatch.setattr(interpret, "scope_of", lambda eqn: "")  # as without Linen
     model = _Between(lambda: nn.GroupNorm(4, use_bias=False, use_scale=False))
     x = jax.random.normal(jax.random.key(1), IMAGE)
     variables = _variables(model, x)

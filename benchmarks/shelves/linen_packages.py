@@ -9,6 +9,10 @@ import flax.linen as nn
 import flaxmodels
 import jax
 from brax.training import networks
+
+# flaim 0.0.5 annotates with a name that JAX has dropped since.
+jax.random.KeyArray = jax.Array
+
 from flaim import models as flaim
 from flaim.models.factory import CONFIGS
 
@@ -31,7 +35,7 @@ FLAIM: dict[str, tuple[Any, dict[str, Any]]] = {
             "depths": (2, 2),
             "token_dim": 16,
             "n_heads": (2, 4),
-            "window_size_factors": (8, 4),
+            "window_size_factors": (8, 8),
         },
     ),
     "HorNet": (

@@ -273,7 +273,8 @@ def record_groups(notes: dict[str, int]) -> Any:
 def group_settings(
     notes: Mapping[str, int], masks: Mapping[tuple[str, int], np.ndarray]
 ) -> Settings:
-    """How many groups each GroupNorm has left, from the channel masks of its arrays."""
+    """How many groups each GroupNorm has left, from the channel masks of its arrays;
+    (path, -1) is that of a layer without."""
     found = []
     for path, count in notes.items():
         place = next(
@@ -281,7 +282,7 @@ def group_settings(
                 p
                 for p in masks
                 if p[0].removesuffix("/value")
-                in (f"params/{path}/scale", f"params/{path}/bias")
+                in (f"params/{path}/scale", f"params/{path}/bias", path)
             ),
             None,
         )

@@ -195,10 +195,14 @@ def _slice(program: Program, record: Record, inputs: Shapes, outputs: Shapes):
         strict=True,
     )
     for axis, start, limit, stride in bounds:
-        kept = None if axis is None else program.kept(axis)
-        fixed = kept is None or stride != 1  # the first of every pair stays the first
-        starts.append(start if fixed else int(kept[:start].sum()))
-        limits.append(limit if kept is None else int(kept[:limit].sum()))
+        if axis is None:
+            starts.append(start)
+            limits.append(limit)
+            continue
+        kept = program.kept(axis)
+        # With a stride the first of every pair stays the first.
+        starts.append(int(kept[:start].sum()) if stride == 1 else start)
+        limits.append(int(kept[:limit].sum()))
     return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
 
 

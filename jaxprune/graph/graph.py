@@ -19,7 +19,7 @@ from jaxprune.graph.atoms import Atoms, Classes
 from jaxprune.graph.counts import Counter, Ledger, Terms, contraction_dims
 from jaxprune.graph.describe import describe, explain
 from jaxprune.graph.failures import trace_error
-from jaxprune.graph.interpret import Record, Site, Value, Walk
+from jaxprune.graph.interpret import Record, Site, Value, Walk, axis_in_scope
 from jaxprune.graph.pins import (
     OUTPUT,
     Frozen,
@@ -51,6 +51,7 @@ class ChannelGraph:
       outputs: as given to `trace`, the outputs that keep their shapes.
       ignore, replay: as given to `trace`.
       notes: what the handle noted while it was traced.
+      unnamed: the channel axis of noted layers that hold no array, by path.
       aligned: what the static check found last, by channel mask.
     """
 
@@ -70,6 +71,7 @@ class ChannelGraph:
     ignore: tuple[str, ...] = ()
     replay: bool = False
     notes: Mapping[str, int] = field(default_factory=dict)
+    unnamed: Mapping[str, np.ndarray] = field(default_factory=dict)
     aligned: dict[bytes, Any] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -141,6 +143,14 @@ class ChannelGraph:
             place: extended[needs].all(1)
             for place, needs in self.channels.places.items()
         }
+
+    def layer_masks(self, plan: Plan | Mapping[str, Any]) -> dict[tuple[str, int], Any]:
+        """`place_masks`, and as (path, -1) those of layers that hold no array."""
+        masks = self.place_masks(plan)
+        extended = np.append(self.unit_mask(plan), True)
+        for path, axis in self.unnamed.items():
+            masks[path, -1] = extended[self.needs(axis)].all(1)
+        return masks
 
     def needs(self, axis: np.ndarray) -> np.ndarray:
         """int array (n, F): the channels that each index of a node vector needs."""
@@ -296,6 +306,11 @@ def build(
             f"operation {name!r} at {where} has no rule, so nothing it touches can "
             "be pruned; trace without strict=True to freeze it"
         )
+    unnamed = {}
+    for path in notes:
+        if not any(name.startswith(f"params/{path}/") for name in values):
+            axis = axis_in_scope(records.values(), path)
+            unnamed.update({} if axis is None else {path: axis})
     classes = atoms.solve()
     channels = channels_lib.build(classes, values, *roles)
     return ChannelGraph(
@@ -315,6 +330,7 @@ def build(
         ignore=ignore,
         replay=replay,
         notes=notes,
+        unnamed=unnamed,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,6 +185,22 @@ def is_user_file(name: str) -> bool:
     """True unless JAX, Flax or this package (its models aside) owns the file."""
     inner = name.startswith(_ENGINE) and not name.startswith(_MODELS)
     return not (inner or name.startswith(_LIBRARIES))
+
+
+def scope_of(eqn: jex.JaxprEqn) -> str:
+    """The names that the equation was made under ("Net/block/norm"), by jax.named_scope;
+    Linen modules open one each."""
+    stack = getattr(eqn.source_info, "name_stack", None)
+    return "" if stack is None else str(stack)
+
+
+def axis_in_scope(records: Iterable[Record], path: str) -> Axis:
+    """The last axis of what the layer of that path reads first; None if not known."""
+    for record in records:
+        scope = scope_of(record.eqn)
+        if path in (scope, scope.partition("/")[2]) and record.inputs:
+            return record.inputs[0].axes[-1] if record.inputs[0].axes else None
+    return None
 
 
 def source_line(eqn: jex.JaxprEqn) -> str:
