@@ -12,8 +12,9 @@ masked original, and one gradient step of the mean square of the outputs is take
 
 Columns: groups; "prunable", the share of the parameters that can go (one channel of
 every group stays); "emitted" and "replayed", the share of what the plan removes that the
-smaller model, or the replayed function, really loses; the largest error of `verify`,
-relative to the largest output; seconds of trace and shrink.
+smaller model, or the replayed function, really loses (groups and plan of the last of
+them, which `trace(replay=True)` makes); the largest error of `verify`, relative to the
+largest output of the slim model; CPU seconds of trace and shrink.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def removed(graph: jp.ChannelGraph, plan: Any) -> int:
     return graph.params() - graph.params(plan)
 
 
-def gradient_step(call: Callable[..., Any], variables: Any, inputs: Any) -> None:
-    """One step of gradient descent on the mean square of the outputs.
+def gradient_step(call: Callable[..., Any], variables: Any, inputs: Any) -> float:
+    """The largest output, after one step of descent on the outputs' mean square.
 
     Raises:
       FloatingPointError: no gradient, one that is not finite, or a loss that rises.
@@ -65,29 +66,38 @@ def gradient_step(call: Callable[..., Any], variables: Any, inputs: Any) -> None
     leaves, tree = jax.tree.flatten(variables)
     real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
-    def loss(moving: list[Any]) -> Any:
+    def loss(moving: list[Any]) -> tuple[Any, Any]:
         given = iter(moving)
         full = [next(given) if r else x for x, r in zip(leaves, real, strict=True)]
         out = jax.tree.leaves(call(jax.tree.unflatten(tree, full), *inputs))
         floats = [x for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return sum(jnp.mean(jnp.square(x.astype(jnp.float32))) for x in floats)
+        squares = [jnp.square(jnp.abs(x).astype(jnp.float32)) for x in floats]
+        most = jnp.stack([jnp.max(x) for x in squares]).max()
+        return sum(jnp.mean(x) for x in squares), jnp.sqrt(most)
 
     def norm(arrays: list[Any]) -> Any:
         return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in arrays))
 
     def step(moving: list[Any]) -> Any:
-        before, slope = jax.value_and_grad(loss)(moving)
+        (before, most), slope = jax.value_and_grad(loss, has_aux=True)(moving)
         size = norm(slope)
-        by = 1e-3 * norm(moving) / jnp.maximum(size, 1e-30)
-        moved = [x - (by * g).astype(x.dtype) for x, g in zip(moving, slope)]
-        return before, loss(moved), size
+
+        def after(rate: Any) -> Any:
+            by = rate * norm(moving) / jnp.maximum(size, 1e-30)
+            moved = [x - (by * g).astype(x.dtype) for x, g in zip(moving, slope)]
+            return loss(moved)[0]
+
+        # As far as a line search goes: deep networks with random weights are steep.
+        rates = jnp.array([1e-3, 1e-4, 1e-5])
+        return before, jax.lax.map(after, rates).min(), size, most
 
     moving = [x for x, r in zip(leaves, real, strict=True) if r]
-    before, after, size = (float(x) for x in jax.jit(step)(moving))
+    before, after, size, most = (float(x) for x in jax.jit(step)(moving))
     if not (np.isfinite([before, after, size]).all() and size > 0 and after < before):
         raise FloatingPointError(
             f"loss {before:.4g} -> {after:.4g}, gradient norm {size:.4g}"
         )
+    return most
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -97,32 +107,34 @@ def measure(case: Case) -> dict[str, Any]:
     options: dict[str, Any] = {"apply": case.apply, "outputs": case.outputs}
     stage = "trace"
     try:
-        start = time.perf_counter()
+        start = time.process_time()
         graph = jp.trace(case.model, *given, case.inputs, **options)
-        row["trace_s"] = time.perf_counter() - start
-        plan = half(graph)
-        fewest = {group.name: group.units[:1] * 0 for group in graph.groups}
-        row |= {
-            "params": graph.params(),
-            "groups": len(graph.groups),
-            "prunable": removed(graph, fewest) / max(graph.params(), 1),
-            "unknown": dict(graph.unknown),
-        }
-        errors, wanted = [], removed(graph, plan)
+        row["trace_s"] = time.process_time() - start
+        row |= {"params": graph.params(), "unknown": dict(graph.unknown)}
+        errors = []
         ways = (("emitted", False), ("replayed", True))
         for way, replay in ways[case.replay_only :]:
             stage = f"shrink ({way})"
-            start = time.perf_counter()
-            slim = jp.shrink(graph, plan, replay=replay)
-            row[f"{way}_shrink_s"] = time.perf_counter() - start
+            if replay:
+                options["replay"] = True
+                graph = jp.trace(case.model, *given, case.inputs, **options)
+            plan = half(graph)
+            fewest = {group.name: [0] for group in graph.groups}
+            row["groups"] = len(graph.groups)
+            row["prunable"] = removed(graph, fewest) / max(graph.params(), 1)
+            wanted = removed(graph, plan)
+            start = time.process_time()
+            slim = jp.shrink(graph, plan)
+            row[f"{way}_shrink_s"] = time.process_time() - start
             row[way] = removed(graph, slim.plan) / wanted if wanted else 0.0
             row[f"{way}_left"] = dict(list(slim.report["left_whole"].items())[:6])
             if row[way]:
                 stage = f"verify ({way})"
-                errors.append(_relative(graph, slim.plan, case, replay))
+                error = jp.verify(graph, slim.plan, case.inputs)
                 stage = f"gradient step ({way})"
                 handle = handle_of(slim.model, None if replay else case.apply)
-                gradient_step(handle, slim.variables, case.inputs)
+                most = gradient_step(handle, slim.variables, case.inputs)
+                errors.append(error / max(1.0, most))
             if row[way] >= WHOLE or not wanted:
                 break
         row["error"] = max(errors, default=0.0)
@@ -130,15 +142,6 @@ def measure(case: Case) -> dict[str, Any]:
         row["failed"] = f"{stage}: {type(error).__name__}: {error}"
         row["traceback"] = traceback.format_exc()
     return row
-
-
-def _relative(graph: jp.ChannelGraph, plan: Any, case: Case, replay: bool) -> float:
-    """The error of `verify` by the largest output of the original (at least 1)."""
-    error = jp.verify(graph, plan, case.inputs, replay=replay)
-    out = jax.jit(lambda v, i: graph.handle(v, *i))(graph.variables, case.inputs)
-    floats = [np.asarray(x, np.float64) for x in jax.tree.leaves(out)]
-    finite = [np.abs(x[np.isfinite(x)]).max(initial=0.0) for x in floats]
-    return error / max(1.0, *finite)
 
 
 def state(row: dict[str, Any]) -> str:
@@ -165,11 +168,16 @@ def table(path: str) -> str:
         if row["failed"]:
             text.append(f"| {name} | failed: {row['failed'].splitlines()[0][:90]} |")
             continue
-        seconds = sum(row.get(f"{key}_s", 0.0) for key in ("trace", "emitted_shrink"))
-        replayed = f"{row['replayed']:.0%}" if "replayed" in row else ""
+        seconds = sum(
+            row.get(f"{key}_s", 0.0)
+            for key in ("trace", "emitted_shrink", "replayed_shrink")
+        )
+        emitted, replayed = (
+            f"{row[way]:.0%}" if way in row else "" for way in ("emitted", "replayed")
+        )
         text.append(
             f"| {name} | {row['params']:,} | {row['groups']} | {row['prunable']:.0%} | "
-            f"{row['emitted']:.0%} | {replayed} | {row['error']:.0e} | {seconds:.1f} |"
+            f"{emitted} | {replayed} | {row['error']:.0e} | {seconds:.1f} |"
         )
     counts: dict[str, int] = {}
     for row in found.values():

@@ -94,7 +94,9 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> dict[Site, Any
     handle = slim_handle(graph, plan, small)
     try:
         with plain_convolutions():
-            slim = jax.make_jaxpr(lambda v, i: handle(v, *i))(small, graph.inputs)
+            slim = jax.make_jaxpr(lambda v, i: handle.trace({}, v, *i))(
+                small, graph.inputs
+            )
     except Exception as error:
         raise EmissionError(
             "the slim model cannot be traced, because a size in its source did not "
@@ -252,7 +254,7 @@ def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int,
 
 def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.ndarray:
     """bool array (n,): which indices of a node vector are kept."""
-    return np.asarray(np.append(mask, True)[graph.needs(axis)].all(1))
+    return graph.kept_nodes(mask)[axis]
 
 
 def _check_starts(graph, mask, record, other, here) -> None:

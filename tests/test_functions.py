@@ -346,3 +346,23 @@ def test_functions_that_cannot_be_traced_say_why():
             {"w": jnp.ones((3, 2)), "act": jnp.tanh},
             jnp.ones((1, 3)),
         )
+
+
+def test_random_keys_among_the_constants():
+    """A function may hold typed keys; what it draws adopts the channels it meets."""
+    keys = jax.random.split(jax.random.key(0))
+
+    def noisy(params, x):
+        h = x @ params["a"]
+        h = h + 0.1 * jax.random.normal(keys[1], h.shape)
+        return (
+            jnp.where(jax.random.bernoulli(keys[0], 0.5, h.shape), h, 0) @ params["b"]
+        )
+
+    params = _params({"a": (5, 8), "b": (8, 3)})
+    x = jax.random.normal(jax.random.key(1), (2, 5))
+    graph = jp.trace(noisy, params, x)
+    assert [g.size for g in graph.groups] == [8]
+    # The slim model draws at its own width, and so does the masked original.
+    assert jp.verify(graph, {"a": [1, 2, 6]}, x) < 1e-5
+    assert jp.verify(graph, {"a": [1, 2, 6]}, x, replay=True) < 1e-5

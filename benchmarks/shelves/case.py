@@ -99,6 +99,7 @@ def linen(
 ) -> Case:
     """The case of a Linen module; options are those of its init call."""
     flags = {**call_flags(type(module)), **options}
-    keys = {"params": jax.random.key(SEED), "dropout": jax.random.key(SEED)}
+    names = ("params", "dropout", "sing_vec")
+    keys = dict.fromkeys(names, jax.random.key(SEED))
     shapes = jax.eval_shape(lambda *x: module.init(keys, *x, **flags), *inputs)
     return Case(module, draw(shapes), inputs, apply, outputs)

@@ -1,4 +1,4 @@
-"""Equinox models: its own layers, equimo and jaxonmodels; functions of their arrays."""
+"""Equinox models: its own layers and equimo; functions of their arrays."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import equimo.models as equimo
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxonmodels.models.alexnet import AlexNet
-from jaxonmodels.models.mamba import Mamba
-from jaxonmodels.models.resnet import BasicBlock, Bottleneck, ResNet
-from jaxonmodels.models.vit import VisionTransformer
 
 from .case import SEED, Case, Shelf, draw, normal, tokens
 
@@ -27,18 +23,6 @@ def case(model: Any, *inputs: Any, keyed: bool = False, **options: Any) -> Case:
         whole = eqx.combine(variables, static)
         given = {**options, "key": KEY} if keyed else options
         return jax.vmap(lambda *x: whole(*x, **given))(*inputs)
-
-    return Case(call, draw(arrays), inputs)
-
-
-def with_state(model: Any, state: Any, *inputs: Any) -> Case:
-    """As `case`, for a model that keeps statistics in a State of its own."""
-    model = eqx.nn.inference_mode(model)
-    arrays, static = eqx.partition((model, state), eqx.is_array)
-
-    def call(variables: Any, *inputs: Any) -> Any:
-        whole, held = eqx.combine(variables, static)
-        return jax.vmap(lambda *x: whole(*x, held)[0], axis_name="batch")(*inputs)
 
     return Case(call, draw(arrays), inputs)
 
@@ -150,65 +134,9 @@ def convnext() -> Case:
     return case(model, normal(2, 3, 32, 32), keyed=True)
 
 
-@MODELS("AttNet (equimo)")
-def attnet() -> Case:
-    model = equimo.AttNet(
-        3, dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_classes=5, key=KEY
-    )
-    return case(model, normal(2, 3, 64, 64), keyed=True)
-
-
-@MODELS("SHViT (equimo)")
-def shvit() -> Case:
-    model = equimo.SHViT(
-        3,
-        dim=[16, 24, 32],
-        pdim=[8, 8, 8],
-        qk_dim=[8, 8, 8],
-        depths=[1, 1, 1],
-        num_classes=5,
-        key=KEY,
-    )
-    return case(model, normal(2, 3, 64, 64), keyed=True)
-
-
 @MODELS("MLLA, linear attention (equimo)")
 def mlla() -> Case:
     model = equimo.Mlla(
         16, 3, dim=16, depths=[1, 1], num_heads=[2, 4], num_classes=5, key=KEY
     )
     return case(model, normal(2, 3, 16, 16), keyed=True)
-
-
-@MODELS("AlexNet (jaxonmodels)")
-def alexnet() -> Case:
-    return case(AlexNet(n_classes=5, key=KEY), normal(1, 3, 64, 64))
-
-
-def _resnet(block: Any, layers: list[int], groups: int, width: int) -> Case:
-    model, state = eqx.nn.make_with_state(ResNet)(
-        block, layers, 5, False, groups, width, None, KEY
-    )
-    return with_state(model, state, normal(2, 3, 32, 32))
-
-
-@MODELS("ResNet-10 (jaxonmodels)")
-def resnet() -> Case:
-    return _resnet(BasicBlock, [1, 1, 1, 1], 1, 64)
-
-
-@MODELS("ResNeXt (jaxonmodels)")
-def resnext() -> Case:
-    return _resnet(Bottleneck, [1, 1, 1, 1], 4, 8)
-
-
-@MODELS("CLIP's ViT (jaxonmodels)")
-def clip_vit() -> Case:
-    model = VisionTransformer(16, 4, 32, 2, 4, 12, key=KEY)
-    return case(model, normal(2, 3, 16, 16))
-
-
-@MODELS("Mamba (jaxonmodels)")
-def mamba() -> Case:
-    model = Mamba(n_embd=16, n_dims=32, n_layers=2, d_state=4, key=KEY)
-    return case(model, tokens(2, 8))

@@ -14,15 +14,21 @@ from .case import SEED, Case, Shelf, draw, normal, tokens
 MODELS = Shelf()
 
 
-def case(body: Callable[..., Any], *inputs: Any) -> Case:
-    """A Haiku function as (params, *inputs); Haiku checks every parameter's shape."""
+def case(body: Callable[..., Any], *inputs: Any, statistics: bool = False) -> Case:
+    """A Haiku function as (params, *inputs); Haiku checks every parameter's shape.
+
+    statistics: it takes a flag is_training, without which it makes no statistics.
+    """
     transformed = hk.transform_with_state(body)
     key = jax.random.key(SEED)
-    params, state = jax.eval_shape(transformed.init, key, *inputs)
+    training, inference = ((True,), (False,)) if statistics else ((), ())
+    params, state = jax.eval_shape(
+        lambda *x: transformed.init(key, *x, *training), *inputs
+    )
 
     def call(variables: Any, *inputs: Any) -> Any:
         given = variables["params"], variables["state"]
-        return transformed.apply(*given, key, *inputs)[0]
+        return transformed.apply(*given, key, *inputs, *inference)[0]
 
     variables = draw({"params": params, "state": state})
     return Case(call, variables, inputs, replay_only=True)
@@ -35,28 +41,28 @@ def mlp() -> Case:
 
 @MODELS("ResNet-18 (Haiku)")
 def resnet18() -> Case:
-    def body(x: Any) -> Any:
-        return hk.nets.ResNet18(5, resnet_v2=True)(x, is_training=False)
+    def body(x: Any, is_training: bool) -> Any:
+        return hk.nets.ResNet18(5, resnet_v2=True)(x, is_training)
 
-    return case(body, normal(1, 32, 32, 3))
+    return case(body, normal(1, 32, 32, 3), statistics=True)
 
 
 @MODELS("ResNet-50 (Haiku)")
 def resnet50() -> Case:
-    def body(x: Any) -> Any:
-        return hk.nets.ResNet50(5)(x, is_training=False)
+    def body(x: Any, is_training: bool) -> Any:
+        return hk.nets.ResNet50(5)(x, is_training)
 
-    return case(body, normal(1, 32, 32, 3))
+    return case(body, normal(1, 32, 32, 3), statistics=True)
 
 
 @MODELS("MobileNetV1 (Haiku)")
 def mobilenet() -> Case:
-    def body(x: Any) -> Any:
+    def body(x: Any, is_training: bool) -> Any:
         return hk.nets.MobileNetV1(
             strides=(1, 2, 1, 2), channels=(16, 16, 24, 24), num_classes=5
-        )(x, is_training=False)
+        )(x, is_training)
 
-    return case(body, normal(1, 32, 32, 3))
+    return case(body, normal(1, 32, 32, 3), statistics=True)
 
 
 @MODELS("IMPALA-like LSTM agent (Haiku example)")

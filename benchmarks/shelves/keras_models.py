@@ -22,15 +22,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "MobileNetV2": (applications.MobileNetV2, {"alpha": 0.35}, 32),
     "MobileNetV3 small": (applications.MobileNetV3Small, {}, 32),
     "EfficientNetB0": (applications.EfficientNetB0, {}, 32),
-    "EfficientNetV2B0": (applications.EfficientNetV2B0, {}, 32),
     "ResNet50": (applications.ResNet50, {}, 32),
-    "ResNet50V2": (applications.ResNet50V2, {}, 32),
     "DenseNet121": (applications.DenseNet121, {}, 32),
     "VGG16": (applications.VGG16, {}, 32),
-    "ConvNeXtTiny": (applications.ConvNeXtTiny, {}, 32),
-    "Xception": (applications.Xception, {}, 71),
-    "InceptionV3": (applications.InceptionV3, {}, 75),
-    "NASNetMobile": (applications.NASNetMobile, {}, 32),
 }
 
 

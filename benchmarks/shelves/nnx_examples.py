@@ -15,9 +15,13 @@ from .case import Case, Shelf, draw, normal, tokens
 MODELS = Shelf()
 
 
-def case(make: Any, *inputs: Any, **options: Any) -> Case:
-    """The case of an NNX object with random weights."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+def case(make: Any, *inputs: Any, abstract: bool = True, **options: Any) -> Case:
+    """The case of an NNX object with random weights; made abstractly if it can be."""
+
+    def model() -> Any:
+        return make(nnx.Rngs(0))
+
+    graphdef, state = nnx.split(nnx.eval_shape(model) if abstract else model())
     return Case(nnx.merge(graphdef, _draw_state(state)), None, inputs, **options)
 
 

@@ -23,17 +23,26 @@ def vit() -> Case:
     return case(
         lambda rngs: VisionTransformer(num_classes=5, **_VIT, rngs=rngs),
         normal(2, 16, 16, 3),
+        abstract=False,
     )
 
 
 @MODELS("DINOv2 (jax-image-models)")
 def dinov2() -> Case:
-    return case(lambda rngs: DINOv2Model(**_VIT, rngs=rngs), normal(2, 16, 16, 3))
+    return case(
+        lambda rngs: DINOv2Model(**_VIT, rngs=rngs),
+        normal(2, 16, 16, 3),
+        abstract=False,
+    )
 
 
 @MODELS("DINOv3, RoPE (jax-image-models)")
 def dinov3() -> Case:
-    return case(lambda rngs: DINOv3Model(**_VIT, rngs=rngs), normal(2, 16, 16, 3))
+    return case(
+        lambda rngs: DINOv3Model(**_VIT, rngs=rngs),
+        normal(2, 16, 16, 3),
+        abstract=False,
+    )
 
 
 _TOWERS = {
@@ -52,7 +61,10 @@ _TOWERS = {
 @MODELS("CLIP (jax-image-models)")
 def clip() -> Case:
     return case(
-        lambda rngs: CLIP(**_TOWERS, rngs=rngs), normal(2, 16, 16, 3), tokens(2, 8)
+        lambda rngs: CLIP(**_TOWERS, rngs=rngs),
+        normal(2, 16, 16, 3),
+        tokens(2, 8),
+        abstract=False,
     )
 
 
@@ -60,5 +72,8 @@ def clip() -> Case:
 def siglip() -> Case:
     towers = {**_TOWERS, "text_hidden_size": 64}
     return case(
-        lambda rngs: SigLIP(**towers, rngs=rngs), normal(2, 16, 16, 3), tokens(2, 8)
+        lambda rngs: SigLIP(**towers, rngs=rngs),
+        normal(2, 16, 16, 3),
+        tokens(2, 8),
+        abstract=False,
     )

@@ -48,7 +48,7 @@ class LinenHandle:
 
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
         """As the call, noting what shapes do not tell: the groups of each GroupNorm."""
-        with record_groups(notes):
+        with record_groups(notes, isinstance(self.model, Resized)):
             return self(variables, *inputs)
 
     def settings(

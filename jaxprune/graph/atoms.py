@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
@@ -273,50 +274,55 @@ class Classes:
       label: int array (nodes,), the class of each node.
       frozen: bool array (classes,), True where a pin holds the class.
       products: as `Atoms.products`.
-      factors: {class: (first class, second class)} of the true product classes.
     """
 
     label: np.ndarray
     frozen: np.ndarray
     products: np.ndarray
-    factors: dict[int, tuple[int, int]] = field(init=False)
-    _leaves: dict[int, tuple[int, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        node, first, second = self.label[self.products[:3, self.true_products()]]
-        self.factors = {
-            int(c): (int(a), int(b))
-            for c, a, b in zip(node, first, second, strict=True)
-        }
 
     def true_products(self) -> np.ndarray:
         """bool array (P,): products that need both of their factors."""
         node, first, second = self.label[self.products[:3]]
         return ~self.frozen[node] & (node != first) & (node != second)
 
-    def leaves(self, label: int) -> tuple[int, ...]:
-        """The unfrozen leaf classes (channels) that an index of this class needs."""
-        if label not in self._leaves:
-            if self.frozen[label]:
-                found: tuple[int, ...] = ()
-            elif label in self.factors:
-                first, second = self.factors[label]
-                both = {*self.leaves(first), *self.leaves(second)}
-                found = tuple(sorted(both))
-            else:
-                found = (int(label),)
-            self._leaves[label] = found
-        return self._leaves[label]
+    @cached_property
+    def table(self) -> np.ndarray:
+        """int array (classes, F): the unfrozen leaf classes (channels) that each class
+        needs, ascending, padded with -1."""
+        count = self.frozen.size
+        node, first, second = self.label[self.products[:3, self.true_products()]]
+        free = np.where(self.frozen, -1, np.arange(count))
+        factors = np.full((count + 1, 2), -1, np.int64)
+        factors[node, 0], factors[node, 1] = free[first], free[second]
+        splits = np.zeros(count + 1, bool)  # the last stands for the pad
+        splits[node] = True
+        table = free[:, None]
+        while True:
+            rows = splits[table].any(1)
+            if not rows.any():
+                return table
+            old = table[rows]
+            whole = np.where(splits[old], -1, old)
+            parts = factors[np.where(splits[old], old, count)]
+            wide = _tidy(np.concatenate([whole, *np.moveaxis(parts, -1, 0)], axis=1))
+            grown = np.full((count, max(wide.shape[1], table.shape[1])), -1, np.int64)
+            grown[:, : table.shape[1]] = table
+            grown[rows] = -1
+            grown[rows, : wide.shape[1]] = wide
+            table = grown
 
     def needs(self, axis: np.ndarray) -> np.ndarray:
         """int array (n, F): leaf classes that each index needs, padded with -1."""
-        label = self.label[axis]
-        if not self.factors:
-            return np.where(self.frozen[label], -1, label)[:, None]
-        unique, inverse = np.unique(label, return_inverse=True)
-        found = [self.leaves(int(c)) for c in unique]
-        width = max((len(leaves) for leaves in found), default=1) or 1
-        table = np.full((unique.size, width), -1, np.int64)
-        for row, leaves in enumerate(found):
-            table[row, : len(leaves)] = leaves
-        return table[inverse]
+        found = self.table[self.label[axis]]
+        width = max(int((found >= 0).sum(1).max(initial=0)), 1)
+        return found[:, :width]
+
+
+def _tidy(rows: np.ndarray) -> np.ndarray:
+    """Every row ascending, without repeats, the pad (-1) behind; no empty columns."""
+    last = np.iinfo(np.int64).max
+    rows = np.sort(np.where(rows < 0, last, rows), axis=1)
+    rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = last
+    rows = np.sort(rows, axis=1)
+    rows[rows == last] = -1
+    return rows[:, : max(int((rows >= 0).sum(1).max(initial=0)), 1)]

@@ -73,6 +73,7 @@ class ChannelGraph:
     notes: Mapping[str, int] = field(default_factory=dict)
     unnamed: Mapping[str, np.ndarray] = field(default_factory=dict)
     aligned: dict[bytes, Any] = field(default_factory=dict)
+    _kept: dict[bytes, np.ndarray] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     # Groups and plans ---------------------------------------------------------
@@ -160,6 +161,16 @@ class ChannelGraph:
             known = (axis, extended[self.classes.needs(axis)])
             self._needs[id(axis)] = known
         return known[1]
+
+    def kept_nodes(self, mask: np.ndarray) -> np.ndarray:
+        """bool array (nodes,): which nodes a channel mask keeps. Of the last mask."""
+        key = mask.tobytes()
+        if key not in self._kept:
+            table = np.append(self.channels.unit_of, -1)[self.classes.table]
+            keep = np.asarray(np.append(mask, True)[table].all(1))
+            self._kept.clear()
+            self._kept[key] = keep[self.classes.label]
+        return self._kept[key]
 
     def retrace(self, inputs: Sequence[Any]) -> ChannelGraph:
         """The same graph for inputs of other shapes (another batch size)."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -159,11 +160,9 @@ class Walk:
         """
         if not shape or not math.prod(shape):
             return Value((None,) * len(shape), pure=True)
-        if not isinstance(value, np.ndarray | np.generic) and not (
-            hasattr(value, "__array__")
-            and getattr(value, "dtype", None) is not None
-            and np.issubdtype(np.dtype(value.dtype), np.generic)
-        ):
+        dtype = getattr(value, "dtype", None)
+        key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+        if key or isinstance(value, jax.core.Tracer) or not hasattr(value, "__array__"):
             return Value((None,) * len(shape), pure=True)
         array = np.asarray(value)
         axes = []
