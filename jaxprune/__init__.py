@@ -2,6 +2,7 @@
 
 from jaxprune.budget import select
 from jaxprune.checkpoint import load, save
+from jaxprune.constants import fold_constants
 from jaxprune.errors import PruneError
 from jaxprune.kept import KeptIndices, kept_indices
 from jaxprune.methods.scores import score
@@ -20,6 +21,7 @@ __all__ = [
     "PruneError",
     "Slim",
     "Slot",
+    "fold_constants",
     "kept_indices",
     "load",
     "methods",

@@ -41,12 +41,14 @@ class Flat:
       constants: {slot: value}.
       variables: slots of the leaves of the variables.
       inputs: slots of the model's inputs.
+      outputs: what the program returns.
     """
 
     steps: tuple[Step, ...]
     constants: State
     variables: tuple[int, ...]
     inputs: tuple[int, ...]
+    outputs: tuple[Operand, ...]
 
     def number(self, site: Site) -> int:
         """The step at a call site."""
@@ -142,10 +144,11 @@ def flatten(
         return [read(atom) for atom in inner.jaxpr.outvars]
 
     arguments = slots(len(closed.jaxpr.invars))
-    inline(closed, arguments, ())
+    outputs = inline(closed, arguments, ())
     return Flat(
         tuple(steps),
         constants,
         tuple(arguments[:variables]),
         tuple(arguments[variables:]),
+        tuple(outputs),
     )
