@@ -109,33 +109,45 @@ def one_row(
         "verify_max_abs_error": slim.report["verify_max_abs_error"],
         "widths": [g["kept"] for g in slim.report["groups"]],
     }
-    if args.epochs:
-        start = time.perf_counter()
-        tuned = fit(
-            slim.model,
-            slim.variables,
-            dataset,
-            epochs=args.epochs,
-            batch_size=128,
-            learning_rate=args.learning_rate,
-            weight_decay=5e-4,
-            warmup_epochs=0.1,
-            teacher=base if args.distill_weight else None,
-            distill_weight=args.distill_weight,
-            seed=args.seed,
-        )
-        row["tuned"] = percent(slim.model, tuned, dataset)
-        row["tuning_seconds"] = round(time.perf_counter() - start, 1)
-    return row
+    return row | tuned(args, base, (slim.model, slim.variables), dataset)
+
+
+def tuned(
+    args: argparse.Namespace,
+    base: tuple[Any, Any],
+    pruned: tuple[Any, Any],
+    dataset: Any,
+) -> dict[str, Any]:
+    """Accuracy after `args.epochs` of fine-tuning, in percent; nothing for none."""
+    if not args.epochs:
+        return {}
+    start = time.perf_counter()
+    found = fit(
+        *pruned,
+        dataset,
+        epochs=args.epochs,
+        batch_size=128,
+        learning_rate=args.learning_rate,
+        weight_decay=5e-4,
+        warmup_epochs=0.1,
+        teacher=base if args.distill_weight else None,
+        distill_weight=args.distill_weight,
+        seed=args.seed,
+    )
+    return {
+        "tuned": percent(pruned[0], found, dataset),
+        "tuning_seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def percent(model: Any, variables: Any, dataset: Any) -> float:
     return round(100 * evaluate(model, variables, dataset.test)["accuracy"], 2)
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that comparisons on one trained network share."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--width", type=float, default=1.0)
@@ -145,7 +157,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--macs", default="0.5")
     parser.add_argument("--methods", default="l1,taylor,lasso,cpli")
     parser.add_argument("--examples", type=int, default=2000)
-    parser.add_argument("--epochs", type=float, default=0)
+    parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--learning_rate", type=float, default=0.01)
     parser.add_argument("--distill_weight", type=float, default=0.0)
     parser.add_argument(
@@ -153,12 +165,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
-    args.epochs = int(args.epochs)
+    args = make_parser(__doc__).parse_args()
     dataset = load(
         args.data,
         data_dir=args.data_dir,
