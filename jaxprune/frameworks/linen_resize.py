@@ -292,15 +292,17 @@ def record_groups(notes: dict[str, int], resized: bool) -> Any:
 
     def note(next_fun, args, kwargs, context):
         module = context.module
+        if not resized:
+            trust(module)
+        result = next_fun(*args, **kwargs)
+        # By now a resized one has the groups it has left.
         if isinstance(module, nn.GroupNorm) and context.method_name == "__call__":
             assert module.scope is not None
             count = module.num_groups
             if count is None:
                 count = args[0].shape[-1] // module.group_size
             notes["/".join(map(str, module.scope.path))] = count
-        if not resized:
-            trust(module)
-        return next_fun(*args, **kwargs)
+        return result
 
     return nn.intercept_methods(note)
 
