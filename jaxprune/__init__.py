@@ -7,8 +7,9 @@ from jaxprune.errors import PruneError
 from jaxprune.kept import KeptIndices, kept_indices
 from jaxprune.methods.scores import score
 from jaxprune.mirrors import shrink_like
-from jaxprune.pipeline import methods, prune
+from jaxprune.pipeline import prune
 from jaxprune.records import Budget, Group, Plan, Slim, Slot
+from jaxprune.runner import methods
 from jaxprune.surgery import shrink
 from jaxprune.tracing import trace
 from jaxprune.verify import verify

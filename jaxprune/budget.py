@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxprune.errors import BudgetError
 from jaxprune.graph import ChannelGraph
+from jaxprune.latency import LatencyTable, Progress, measure_latency, with_batch
 from jaxprune.records import Budget, Group, Plan
+from jaxprune.selection import limits
 from jaxprune.selection import select as select_plan
 
-FRACTIONS = ("macs", "params", "bytes", "keep")
+KINDS = ("macs", "params", "bytes", "latency_ms", "keep")
+# Options of the selection that decide which counts are legal.
+LIMITS = ("round_to", "min_keep", "min_ratio", "overrides", "ignore")
+# A latency table that misses by more than this share is corrected by what was
+# measured, so often at most; every time costs compiling the slim model.
+MISS = 0.05
+CORRECTIONS = 2
+
+T = TypeVar("T")
 
 
 class Constraint(NamedTuple):
-    """cost_fn(kept indices by group) <= limit."""
+    """cost_fn(kept indices by group) <= limit.
+
+    Attributes:
+      budget: as asked, in the user's units.
+      cost_fn: MACs, parameters, bytes, channels, or milliseconds of a batch.
+      limit: what is allowed of it.
+      whole: what the unpruned network takes.
+      table: what predicts the milliseconds, for "latency_ms".
+    """
 
     budget: Budget
     cost_fn: Callable[[Mapping[str, np.ndarray]], float]
     limit: float
+    whole: float
+    table: LatencyTable | None = None
+
+    def asked(self, limit: float | None = None) -> float:
+        """A limit in the user's units: a share of the whole, or milliseconds."""
+        limit = self.limit if limit is None else limit
+        if self.table is not None:
+            return limit
+        return round(limit / self.whole, 9) if self.whole else 0.0
 
 
 def one_budget(**asked: float | None) -> Budget | None:
     """The budget that is not None; None if none is asked.
 
     Raises:
-      BudgetError: several at once, or a share outside (0, 1].
+      BudgetError: several at once, or a value out of range.
     """
     given = {kind: value for kind, value in asked.items() if value is not None}
     if len(given) > 1:
         raise BudgetError(f"expected one budget, found {given}; leave one of them")
     for kind, value in given.items():
-        if not isinstance(value, int | float) or not 0 < value <= 1:
+        number = isinstance(value, int | float)
+        if kind == "latency_ms" and not (number and 0 < value < math.inf):
+            raise BudgetError(
+                f"latency_ms={value!r}: expected milliseconds above 0, of one batch on "
+                "this device; jaxprune.cost.latency_ms(model, variables, x) measures "
+                "what it takes now"
+            )
+        if kind != "latency_ms" and not (number and 0 < value <= 1):
             raise BudgetError(
                 f"{kind}={value!r} is the share that REMAINS: a number above 0 and at "
                 "most 1, such as 0.5 for half"
@@ -43,20 +78,95 @@ def one_budget(**asked: float | None) -> Budget | None:
 
 
 def constraint(
-    graph: ChannelGraph, budget: Budget, groups: Sequence[Group]
+    graph: ChannelGraph,
+    budget: Budget,
+    groups: Sequence[Group],
+    *,
+    batch: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Constraint:
-    """The budget as a cost and its limit; "keep" counts channels of these groups."""
+    """The budget as a cost and its limit; "keep" counts channels of these groups.
+
+    For "latency_ms" the layers are measured on this device, with `batch` examples or
+    those that the graph was traced with.
+    """
+    if budget.kind == "latency_ms":
+        table = measure_latency(with_batch(graph, batch), on_progress=on_progress)
+        return Constraint(
+            budget, table.predict, budget.value, table.base_ms, table=table
+        )
     if budget.kind == "keep":
 
-        def count(keep: Mapping[str, np.ndarray]) -> float:
+        def cost(keep: Mapping[str, np.ndarray]) -> float:
             return float(sum(len(keep.get(g.name, range(g.size))) for g in groups))
 
-        return Constraint(budget, count, budget.value * sum(g.size for g in groups))
+        whole = float(sum(g.size for g in groups))
+    else:
 
-    def cost(keep: Mapping[str, np.ndarray]) -> float:
-        return graph.cost(budget.kind, keep)
+        def cost(keep: Mapping[str, np.ndarray]) -> float:
+            return graph.cost(budget.kind, keep)
 
-    return Constraint(budget, cost, budget.value * graph.cost(budget.kind))
+        whole = float(graph.cost(budget.kind))
+    # 0.081 * 1000 is 81.00000000000001 in floating point, 0.57 * 100 below 57.
+    return Constraint(budget, cost, budget.value * whole * (1 + 1e-12), whole)
+
+
+def check_feasible(
+    bound: Constraint, groups: Sequence[Group], options: Mapping[str, Any]
+) -> None:
+    """Nothing, if the smallest legal counts meet the budget.
+
+    Args:
+      options: of the selection; those in `LIMITS` decide which counts are legal.
+
+    Raises:
+      BudgetError: they do not; says the nearest budget that can be met.
+    """
+    given = {name: options[name] for name in LIMITS if name in options}
+    low = limits(groups, **given).low
+    least = bound.cost_fn({name: np.arange(count) for name, count in low.items()})
+    if least <= bound.limit:
+        return
+    kind, unit = bound.budget.kind, " ms" if bound.table is not None else ""
+    nearest = rounded_up(bound.asked(least))
+    relax = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+    raise BudgetError(
+        f"{kind}={bound.asked():.4g}{unit} cannot be met: the least is "
+        f"{kind}={nearest}{unit}, with every group at its smallest legal count; ask "
+        "for at least that" + (f", or relax {relax}" if relax else "")
+    )
+
+
+def rounded_up(value: float, digits: int = 3) -> float:
+    """The least number of so many significant digits that is not below `value`."""
+    if value <= 0:
+        return 0.0
+    places = digits - 1 - math.floor(math.log10(value))
+    scaled = value * 10.0**places * (1 - 1e-12)  # 81.00000000000001 was 81
+    return float(f"{math.ceil(scaled)}e{-places}")
+
+
+def settle(
+    bound: Constraint,
+    choose: Callable[[Constraint], T],
+    keep_of: Callable[[T], Plan | Mapping[str, np.ndarray]],
+) -> tuple[T, Constraint]:
+    """What `choose` finds within a budget, and the constraint it was found under.
+
+    For latency the slim model of the choice is measured; where the table misses by
+    more than `MISS` it is corrected and the choice made again.
+    """
+    found = choose(bound)
+    for _ in range(CORRECTIONS if bound.table is not None else 0):
+        assert bound.table is not None
+        keep = keep_of(found)
+        measured, predicted = bound.table.measure(keep), bound.table.predict(keep)
+        if abs(measured - predicted) <= MISS * predicted:
+            break
+        table = bound.table.corrected(keep, measured)
+        bound = bound._replace(table=table, cost_fn=table.predict)
+        found = choose(bound)
+    return found, bound
 
 
 def select(
@@ -66,6 +176,7 @@ def select(
     macs: float | None = None,
     params: float | None = None,
     bytes: float | None = None,
+    latency_ms: float | None = None,
     keep: float | None = None,
     groups: Sequence[Group] | None = None,
     **options: Any,
@@ -77,21 +188,53 @@ def select(
       scores: {group name: (C,)}, larger = keep.
       macs, params, bytes, keep: the share that remains, one of them: of the
         multiply-accumulates, parameters, bytes of all arrays, or channels.
+      latency_ms: instead of them, what one batch may take on this device: as many
+        examples as the graph was traced with. Measures the layers and the slim model,
+        see `jaxprune.latency`; holds to a few percent.
       groups: those to prune, by default all; the others are kept whole.
       **options: strategy, normalize, round_to, min_keep, min_ratio, overrides and
         ignore, see `jaxprune.selection.select`.
 
     Raises:
-      BudgetError: no budget or several, or none of the plans allowed meets it.
+      BudgetError: no budget or several, or none of the plans allowed meets it; says
+        the nearest that can be met.
       ScoreError: scores that cannot be ranked.
     """
-    budget = one_budget(macs=macs, params=params, bytes=bytes, keep=keep)
+    budget = one_budget(
+        macs=macs, params=params, bytes=bytes, latency_ms=latency_ms, keep=keep
+    )
     if budget is None:
-        raise BudgetError("no budget: pass macs=, params=, bytes= or keep=")
+        raise BudgetError(NO_BUDGET)
     groups = graph.groups if groups is None else tuple(groups)
     bound = constraint(graph, budget, groups)
-    plan = select_plan(groups, scores, bound.cost_fn, bound.limit, **options)
-    return graph.complete(plan)
+    return select_within(graph, scores, bound, groups, options)[0]
+
+
+NO_BUDGET = "no budget: pass macs=, params=, bytes=, latency_ms= or keep="
+
+
+def select_within(
+    graph: ChannelGraph,
+    scores: Mapping[str, Any],
+    bound: Constraint,
+    groups: Sequence[Group],
+    options: Mapping[str, Any],
+) -> tuple[Plan, Constraint]:
+    """As `select` under a constraint; also the constraint, corrected for latency."""
+
+    def choose(bound: Constraint) -> Plan:
+        check_feasible(bound, groups, options)
+        plan = select_plan(groups, scores, bound.cost_fn, bound.limit, **options)
+        return graph.complete(plan)
+
+    return settle(bound, choose, lambda plan: plan)
+
+
+def predicted_ms(bound: Constraint | None, plan: Plan | None) -> float | None:
+    """What the latency table says of a plan; None where no latency is asked."""
+    if bound is None or bound.table is None or plan is None:
+        return None
+    return bound.table.predict(plan)
 
 
 def achieved(graph: ChannelGraph, plan: Plan) -> dict[str, float]:

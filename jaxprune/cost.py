@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.frameworks import handle_of
 
@@ -23,22 +24,49 @@ def latency_ms(
 ) -> float:
     """Median milliseconds of one compiled inference call on the inputs x.
 
-    The program is compiled ahead of time and run twice before the clock starts; each
-    run is waited for. It is repeated `repeats` times, or for `seconds`.
+    As `time_ms` of the model's call.
     """
     handle = handle_of(model, apply)
     inputs = x if isinstance(x, tuple) else (x,)
-    variables, inputs = jax.device_put((variables, inputs))
-    run = jax.jit(lambda v, i: handle(v, *i)).lower(variables, inputs).compile()
+    return time_ms(
+        lambda v, i: handle(v, *i), variables, inputs, repeats=repeats, seconds=seconds
+    )
+
+
+def time_ms(
+    function: Callable[..., Any],
+    *arguments: Any,
+    repeats: int = 20,
+    seconds: float = 2.0,
+) -> float:
+    """Median milliseconds of one compiled call of a function on this device.
+
+    The program is compiled ahead of time and run twice before the clock starts; each
+    run is waited for. It is repeated `repeats` times, or for `seconds`, at least three
+    times.
+
+    Args:
+      arguments: trees of arrays; zeros stand for ShapeDtypeStructs.
+    """
+    given = jax.device_put(jax.tree.map(_array, arguments))
+    run = jax.jit(function).lower(*given).compile()
     for _ in range(2):
-        jax.block_until_ready(run(variables, inputs))
+        jax.block_until_ready(run(*given))
     times: list[float] = []
     stop = time.perf_counter() + seconds
     while len(times) < repeats and (len(times) < 3 or time.perf_counter() < stop):
         start = time.perf_counter()
-        jax.block_until_ready(run(variables, inputs))
+        jax.block_until_ready(run(*given))
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
+
+
+def _array(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), leaf.shape)
+    return jnp.zeros(leaf.shape, leaf.dtype)
 
 
 def tree_bytes(variables: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -192,6 +193,23 @@ def _layer_finetune(setting: Setting) -> Callable[[Any, Any], Any] | None:
     return finetune
 
 
+def _step_finetune(setting: Setting) -> Callable[[Any, Any], Any] | None:
+    """The training between two steps of a schedule; each resumes by itself."""
+    epochs = setting.options.prune.step_epochs
+    if not epochs:
+        return None
+    training = dataclasses.replace(
+        setting.options.finetune, epochs=epochs, distill_weight=0.0
+    )
+    numbers = itertools.count(1)
+
+    def finetune(model: Any, variables: Any) -> Any:
+        stage = f"fine-tune step {next(numbers)}"
+        return _fit(setting, model, variables, training, stage=stage, resumable=True)
+
+    return finetune
+
+
 def _prune(setting: Setting) -> dict[str, Any]:
     options = setting.options.prune
     calibration = setting.options.calibration
@@ -208,6 +226,7 @@ def _prune(setting: Setting) -> dict[str, Any]:
         given["positions"] = None  # all of them
     if options.ignore is not None:
         given["ignore"] = tuple(options.ignore.split(","))
+    between = _layer_finetune if options.schedule is None else _step_finetune
     slim = jp.prune(
         setting.model,
         _base_variables(setting),
@@ -216,7 +235,11 @@ def _prune(setting: Setting) -> dict[str, Any]:
         macs=options.macs,
         params=options.params,
         seed=setting.options.seed,
-        finetune=_layer_finetune(setting),
+        latency_ms=options.latency_ms,
+        latency_batch=setting.options.latency_batch,
+        schedule=options.schedule,
+        steps=options.steps,
+        finetune=between(setting),
         preset=options.preset or None,
         on_progress=setting.on_progress,
         **given,
@@ -226,6 +249,8 @@ def _prune(setting: Setting) -> dict[str, Any]:
         slim = dataclasses.replace(slim, variables=variables)
     checkpoint.save(setting.workdir.path / "pruned", slim)
     write_json(setting.workdir.path / "plan.json", slim.plan.to_json())
+    for done in setting.workdir.path.glob("fine-tune step *_epochs"):
+        shutil.rmtree(done, ignore_errors=True)
     return {}
 
 
@@ -287,6 +312,8 @@ def _evaluate(setting: Setting) -> dict[str, Any]:
                 "verify_max_abs_error",
                 "groups",
                 "seed_ratio",
+                "latency",
+                "steps",
             )
             if name in slim.report
         },

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxprune.errors import ConfigError
+from jaxprune.schedule import SCHEDULES, removed_shares
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Pruning:
       ignore: patterns of layers that keep all their channels, with commas between.
       macs: share of the MACs that remains.
       params: share of the parameters that remains.
+      latency_ms: what `latency_batch` images may take on this device.
+      schedule: None or "one-shot" to prune at once, "linear" or "cubic" in `steps`.
+      steps: how many.
+      step_epochs: epochs of fine-tuning between two steps, 0 for none.
       preset: "" or, for importance_redundancy, "seed".
       entropy_threshold: of importance_redundancy.
       similarity_threshold: of importance_redundancy.
@@ -81,6 +86,10 @@ class Pruning:
     method: str = "cpli"
     macs: float | None = 0.5
     params: float | None = None
+    latency_ms: float | None = None
+    schedule: str | None = None
+    steps: int | None = None
+    step_epochs: int = 0
     preset: str = ""
     entropy_threshold: float | None = None
     similarity_threshold: float | None = None
@@ -122,7 +131,7 @@ class Options:
       dtype: of the computation, "float32" or "bfloat16".
       init_from: base weights, a checkpoint directory or npz; training is left out.
       seed: of everything random.
-      latency_batch: images in the batch that latency is measured with.
+      latency_batch: images in the batch that latency is of, asked and measured.
     """
 
     data: str = "digits"
@@ -238,6 +247,10 @@ _RANGES = {
     "calibration.batch_size": _at_least(1),
     "prune.macs": _FRACTION,
     "prune.params": _FRACTION,
+    "prune.latency_ms": _POSITIVE,
+    "prune.schedule": _one_of(*SCHEDULES),
+    "prune.steps": _at_least(1),
+    "prune.step_epochs": _at_least(0),
     "prune.preset": ("'' or 'seed'", lambda value: value in ("", "seed")),
     "prune.entropy_threshold": _at_least(0),
     "prune.similarity_threshold": ("from 0 to 1", lambda value: 0 <= value <= 1),
@@ -277,11 +290,13 @@ def range_problems(options: Options) -> list[str]:
     ]
     prune = options.prune
     redundancy = prune.method == "importance_redundancy"
-    budgets = sum(value is not None for value in (prune.macs, prune.params))
+    asked = {name: getattr(prune, name) for name in ("macs", "params", "latency_ms")}
+    budgets = sum(value is not None for value in asked.values())
+    shown = ", ".join(f"prune.{name}={value}" for name, value in asked.items())
     if redundancy and prune.preset and budgets:
         problems.append(
-            f"prune.macs={prune.macs}, prune.params={prune.params}: the thresholds of "
-            "the preset decide what remains; set both to None"
+            f"{shown}: the thresholds of the preset decide what remains; set all of "
+            "them to None"
         )
     patient = {
         "train.patience": options.train.patience,
@@ -295,9 +310,9 @@ def range_problems(options: Options) -> list[str]:
             )
     if budgets > 1 or (not redundancy and budgets == 0):
         problems.append(
-            f"prune.macs={prune.macs}, prune.params={prune.params}: give exactly one "
-            f"of them for prune.method={prune.method!r}"
+            f"{shown}: give exactly one of them for prune.method={prune.method!r}"
         )
+    problems += _schedule_problems(prune, budgets)
     if not redundancy:
         given = [
             f"prune.{name}={value!r}"
@@ -308,4 +323,38 @@ def range_problems(options: Options) -> list[str]:
             problems.append(
                 f"{', '.join(given)}: only for prune.method='importance_redundancy'"
             )
+    return problems
+
+
+def _schedule_problems(prune: Pruning, budgets: int) -> list[str]:
+    """What contradicts itself in schedule, steps, step_epochs and layer_epochs."""
+    schedule, steps = prune.schedule, prune.steps
+    if schedule is None:
+        given = [n for n in ("steps", "step_epochs") if getattr(prune, n)]
+        return [
+            f"prune.{name}={getattr(prune, name)} needs prune.schedule='linear' or "
+            "'cubic'"
+            for name in given
+        ]
+    problems = []
+    if not budgets:
+        problems.append(
+            f"prune.schedule={schedule!r} needs a budget to approach: set prune.macs, "
+            "prune.params or prune.latency_ms"
+        )
+    if prune.layer_epochs:
+        problems.append(
+            f"prune.layer_epochs={prune.layer_epochs} goes layer by layer, without a "
+            "schedule: set it to 0 and prune.step_epochs instead, or prune.schedule "
+            "to None"
+        )
+    try:
+        shares = removed_shares(schedule, steps)
+    except ConfigError as error:
+        return [*problems, f"prune.schedule, prune.steps: {error}"]
+    if prune.step_epochs and len(shares) < 2:
+        problems.append(
+            f"prune.step_epochs={prune.step_epochs} is between steps; set prune.steps "
+            "to 2 or more"
+        )
     return problems

@@ -209,6 +209,50 @@ def test_importance_redundancy_writes_the_statistics_file_of_the_script(
     assert '"stage": "fine-tune a layer"' in metrics
 
 
+def test_steps_are_fine_tuned_and_asked_of_the_pruning(finished, tmp_path, monkeypatch):
+    asked = {}
+
+    def prune(*arguments, **given):
+        asked.update(given)
+        return first_channel_out(*arguments, **given)
+
+    monkeypatch.setattr(jp, "prune", prune)
+    steps = {"schedule": "cubic", "steps": 2, "step_epochs": 1}
+    options = small(
+        init_from=str(finished / "base"),
+        prune={"macs": None, "latency_ms": 4.0, **steps},
+        latency_batch=32,
+    )
+    job.run(options, workdir=str(tmp_path), say=quiet)
+    assert (asked["latency_ms"], asked["latency_batch"]) == (4.0, 32)
+    assert (asked["schedule"], asked["steps"], asked["macs"]) == ("cubic", 2, None)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    stages = [json.loads(line)["stage"] for line in lines]
+    assert stages == ["fine-tune step 1", "fine-tune"]
+    assert not list(tmp_path.glob("*_epochs"))
+
+
+def test_a_step_that_was_trained_is_not_trained_again(finished, tmp_path, monkeypatch):
+    """The pruning is made again after it was killed, the epochs are not."""
+    options = small(
+        init_from=str(finished / "base"),
+        prune={"schedule": "linear", "steps": 2, "step_epochs": 2},
+    )
+
+    def killed(*arguments, **given):
+        first_channel_out(*arguments, **given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jp, "prune", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(options, workdir=str(tmp_path), say=quiet)
+    job.run(options, workdir=str(tmp_path), say=quiet)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    stages = [json.loads(line)["stage"] for line in lines]
+    assert stages == ["fine-tune step 1"] * 2 + ["fine-tune"]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "error"),
     [

@@ -61,6 +61,35 @@ def test_options_come_back_from_their_mapping():
         ({"prune": {"macs": 1.5}}, "prune.macs=1.5: must be above 0 and at most 1"),
         ({"prune": {"macs": None}}, "give exactly one of them"),
         ({"prune": {"params": 0.5}}, "give exactly one of them"),
+        ({"prune": {"latency_ms": 5.0}}, "latency_ms=5.0: give exactly one of them"),
+        (
+            {"prune": {"macs": None, "latency_ms": 0.0}},
+            "prune.latency_ms=0.0: must be above 0",
+        ),
+        ({"prune": {"schedule": "cosine"}}, "'one-shot' or 'linear' or 'cubic'"),
+        ({"prune": {"schedule": "linear"}}, "needs a number of steps"),
+        ({"prune": {"schedule": "one-shot", "steps": 3}}, "is one step; found steps=3"),
+        ({"prune": {"steps": 3}}, "prune.steps=3 needs prune.schedule="),
+        ({"prune": {"step_epochs": 1}}, "prune.step_epochs=1 needs prune.schedule="),
+        (
+            {"prune": {"schedule": "linear", "steps": 1, "step_epochs": 1}},
+            "is between steps; set prune.steps to 2 or more",
+        ),
+        (
+            {"prune": {"schedule": "cubic", "steps": 3, "layer_epochs": 1}},
+            "goes layer by layer, without a schedule",
+        ),
+        (
+            {
+                "prune": {
+                    "method": "importance_redundancy",
+                    "macs": None,
+                    "schedule": "linear",
+                    "steps": 2,
+                }
+            },
+            "needs a budget to approach: set prune.macs",
+        ),
         (
             {"prune": {"preset": "seed"}},
             "only for prune.method='importance_redundancy'",

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune.errors import ScoreError
 from jaxprune.records import Group
-from jaxprune.selection.fit import Limits, fit, limits
+from jaxprune.selection.fit import Limits, MinKeep, fit, limits
 from jaxprune.selection.plans import Cost
 
 
@@ -20,7 +20,7 @@ def allocate(
     *,
     rounds: int = 4,
     round_to: int = 1,
-    min_keep: int = 1,
+    min_keep: MinKeep = 1,
     min_ratio: float = 0.0,
     overrides: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),

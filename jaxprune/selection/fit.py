@@ -19,6 +19,8 @@ import numpy as np
 from jaxprune.errors import BudgetError, PlanError
 from jaxprune.records import Group
 
+# A number for all groups, or {name pattern: number}.
+MinKeep = int | Mapping[str, int]
 # Calls of the cost function that filling up may take, after the bisection's 20.
 FILL_CALLS = 400
 
@@ -40,7 +42,7 @@ def limits(
     groups: Sequence[Group],
     *,
     round_to: int = 1,
-    min_keep: int = 1,
+    min_keep: MinKeep = 1,
     min_ratio: float = 0.0,
     overrides: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
@@ -49,7 +51,9 @@ def limits(
 
     Args:
       round_to: counts are multiples of it, rounded up, or the group's whole size.
-      min_keep, min_ratio: each group keeps at least this number and this share.
+      min_keep, min_ratio: each group keeps at least this number and this share; a
+        mapping {name pattern: number} sets it for the groups it matches, the first
+        pattern deciding.
       overrides: {name pattern: share kept}; fixes the groups it matches. Patterns are
         those of fnmatch ("block*/conv1"); the first that matches decides.
       ignore: patterns of groups that are kept whole.
@@ -59,14 +63,17 @@ def limits(
     """
     overrides = dict(overrides or {})
     bad = [f"{p!r}: {r}" for p, r in overrides.items() if not 0 < r <= 1]
-    if bad or round_to < 1 or min_keep < 1 or not 0 <= min_ratio <= 1:
+    floors = min_keep if isinstance(min_keep, Mapping) else {"*": min_keep}
+    least = min(floors.values(), default=1)
+    if bad or round_to < 1 or least < 1 or not 0 <= min_ratio <= 1:
         raise PlanError(
             "expected round_to >= 1, min_keep >= 1, min_ratio in 0..1 and overrides "
             f"in (0, 1]; found round_to={round_to}, min_keep={min_keep}, "
             f"min_ratio={min_ratio}, overrides {bad or 'fine'}"
         )
     names = [g.name for g in groups]
-    lost = [p for p in (*overrides, *ignore) if not fnmatch.filter(names, p)]
+    patterns = (*overrides, *ignore, *(p for p in floors if p != "*"))
+    lost = [p for p in patterns if not fnmatch.filter(names, p)]
     if lost:
         raise PlanError(
             f"no group matches {lost}; the groups are {names[:8]}"
@@ -81,7 +88,10 @@ def limits(
             whole = math.ceil(max(count, 1) - 1e-9)
             return min(math.ceil(whole / round_to) * round_to, size)
 
-        low[group.name] = rounded(max(min_keep, min_ratio * size))
+        floor = next(
+            (k for p, k in floors.items() if fnmatch.fnmatch(group.name, p)), 1
+        )
+        low[group.name] = rounded(max(floor, min_ratio * size))
         high[group.name] = size
         if any(fnmatch.fnmatch(group.name, p) for p in ignore):
             low[group.name] = size

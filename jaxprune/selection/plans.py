@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune.errors import ScoreError
 from jaxprune.records import Group, Plan
-from jaxprune.selection.fit import fit, limits
+from jaxprune.selection.fit import MinKeep, fit, limits
 
 Cost = Callable[[Mapping[str, np.ndarray]], float]
 Strategy = Literal["uniform", "global", "isomorphic"]
@@ -25,7 +25,7 @@ def select(
     strategy: Strategy = "uniform",
     normalize: Normalize = "mean",
     round_to: int = 1,
-    min_keep: int = 1,
+    min_keep: MinKeep = 1,
     min_ratio: float = 0.0,
     overrides: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
@@ -72,7 +72,7 @@ def uniform_counts(
     limit: float,
     *,
     round_to: int = 1,
-    min_keep: int = 1,
+    min_keep: MinKeep = 1,
     min_ratio: float = 0.0,
     overrides: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
