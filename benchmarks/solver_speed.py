@@ -4,7 +4,8 @@
 
 Synthetic statistics, seed 0: correlated Gaussian inputs of 512 channels under a 3x3
 kernel (R = 4,608 rows, N = 512 outputs). Also the largest difference from scikit-learn
-at the same lambda. `--large` adds an exact count among 4,096 channels.
+at the same lambda. `--large` adds an exact count among 4,096 channels. He et al.'s
+procedure on the layers of a trained network is in he_procedure.py.
 """
 
 from __future__ import annotations
