@@ -325,12 +325,12 @@ def _elementwise(step: Step, record: Record, arrays, known) -> Known | None:
     operands = [jnp.asarray(v, d) for v, d in zip(given, dtypes, strict=True)]
     with np.errstate(all="ignore"):
         result = np.asarray(bind(record.eqn, operands)[0], np.float64)
-    whole = np.logical_and.reduce(sure)
+    whole = np.asarray(np.logical_and.reduce(sure))
     if record.name == "mul":
         zero = np.logical_or.reduce(
             [s & (v == 0) for v, s in zip(given, sure, strict=True)]
         )
-        result, whole = np.where(zero, 0.0, result), whole | zero
+        result, whole = np.where(zero, 0.0, result), np.logical_or(whole, zero)
     return Known(axis, result, whole)
 
 

@@ -79,7 +79,8 @@ def prune(
       verify: prove the slim model equal to the masked original.
       on_progress: (stage, done, total).
       **options: of the selection (strategy and normalize for criteria, allocation for
-        the methods that go layer by layer, round_to, min_keep, min_ratio, overrides), and of the method: see `jaxprune.methods`, for instance mu,
+        the methods that go layer by layer, round_to, min_keep, min_ratio, overrides),
+        and of the method: see `jaxprune.methods`, for instance mu,
         feature_importance, refit, passes, positions, ridge.
 
     Raises:
