@@ -64,3 +64,11 @@ def random_plan(graph: Any, seed: int = 0) -> dict[str, np.ndarray]:
         count = rng.integers(1, group.size + 1)
         plan[group.name] = np.sort(rng.permutation(group.size)[:count])
     return plan
+
+
+def random_batches(x_shape, classes=7, count=48, size=16, seed=0):
+    """[(x (size, *x_shape), y (size,)), ...] of noise, the last smaller if need be."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, *x_shape)).astype(np.float32)
+    y = rng.integers(0, classes, count)
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, count, size)]
