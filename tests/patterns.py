@@ -151,6 +151,7 @@ def grouped_shuffle_grouped(x):
 
 @pattern("a", "b", "c")
 def grouped_shuffle_in_whole_groups(x):
+    x = nn.relu(conv(6, "stem")(x))
     x = nn.relu(conv(18, "a", feature_group_count=3)(x))
     b, h, w, c = x.shape
     x = jnp.swapaxes(x.reshape(b, h, w, 3, c // 3), 3, 4).reshape(b, h, w, c)

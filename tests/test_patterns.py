@@ -12,6 +12,7 @@ import jaxprune as jp
 # Sources that state a width (`reshape(..., 4, -1)` for heads): the group stays whole.
 STATED = {
     "channel_shuffle": {"a"},
+    "grouped_shuffle_in_whole_groups": {"stem.3"},
     "maxout": {"a.3"},
     "fused_qkv_by_split": {"qkv"},
     "fused_qkv_by_reshape": {"qkv"},
