@@ -64,6 +64,9 @@ OPERATIONS = {
     "gather_channels": (lambda x: x[..., jnp.array([4, 0, 0, 2])], 0),
     "take_along": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, 1), 1), 0),
     "scatter_positions": (lambda x: x.at[:, jnp.array([1, 3])].add(2.0), C),
+    "scatter_max": (lambda x: x.at[:, jnp.array([1, 3])].max(0.2), C),
+    "scatter_min": (lambda x: x.at[:, jnp.array([1, 3])].min(0.2), C),
+    "scatter_multiply": (lambda x: x.at[:, jnp.array([1, 3])].multiply(2.0), C),
     "scatter_channels": (lambda x: x.at[..., jnp.array([1, 3])].set(0.0), 0),
     "dynamic_slice_positions": (lambda x: lax.dynamic_slice_in_dim(x, 1, 3, 1), C),
     "dynamic_slice_channels": (lambda x: lax.dynamic_slice_in_dim(x, 1, 3, 2), 0),
@@ -206,6 +209,24 @@ def test_perturbing_a_channel_moves_what_the_graph_says_and_no_more(name):
 
         np.testing.assert_allclose(after(channel), before, atol=1e-4)
         assert np.abs(after((channel + 1) % group.size) - before).max() > 1e-3
+
+
+def test_a_reshard_is_a_copy():
+    """Models written for a mesh with explicit axes."""
+    kinds = (jax.sharding.AxisType.Explicit,)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=kinds)):
+        spread = jax.sharding.PartitionSpec("data")
+
+        def operation(x):
+            return jnp.tanh(jax.sharding.reshard(x, spread))
+
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(2, 6, 5)), jnp.float32)
+        shapes = {"a": (5, C), "shift": (C,), "b": (C, 3)}
+        params = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+        graph = jp.trace(_network(operation), params, x)
+        assert [g.size for g in graph.groups] == [C] and not graph.unknown
+        assert jp.verify(graph, random_plan(graph), x) < 1e-4
 
 
 def test_a_wrong_rule_fails_the_proof(monkeypatch):

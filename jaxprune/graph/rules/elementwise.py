@@ -18,7 +18,7 @@ is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextaft
 optimization_barrier or polygamma pow population_count real reduce_precision
 regularized_incomplete_beta rem round rsqrt select_n shift_left
 shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
-tan tanh xor zeta pvary mul_add sharding_constraint layout_constraint name
+tan tanh xor zeta pvary mul_add sharding_constraint layout_constraint name reshard
 """.split()
 
 REDUCTIONS = """

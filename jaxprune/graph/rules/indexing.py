@@ -84,9 +84,11 @@ def scatter(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     return [tuple(axes)]
 
 
-_SCATTERS = (
-    "scatter scatter_add scatter-add scatter_mul scatter_min scatter_max".split()
-)
+# JAX writes some of them with a hyphen, which differ by version.
+_SCATTERS = """
+scatter scatter_add scatter-add scatter_sub scatter-sub scatter_mul scatter-mul
+scatter_min scatter-min scatter_max scatter-max
+""".split()
 
 RULES = {
     "gather": gather,
