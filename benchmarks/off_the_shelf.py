@@ -23,6 +23,7 @@ import argparse
 import fnmatch
 import importlib
 import json
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -144,6 +145,13 @@ def measure(case: Case) -> dict[str, Any]:
     return row
 
 
+def commit() -> str:
+    """The commit that is measured, marked where the tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
 def state(row: dict[str, Any]) -> str:
     """emitted, emitted in part, replayed, replayed in part, whole or failed."""
     if row["failed"]:
@@ -208,7 +216,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001  (shown: it is not built)
                 row = {"failed": f"build: {type(error).__name__}: {error}"}
                 row["traceback"] = traceback.format_exc()
-            row |= {"shelf": shelf, "name": name}
+            row |= {"shelf": shelf, "name": name, "commit": commit()}
             row["total_s"] = time.perf_counter() - start
             brief = row["failed"] or f"{row['error']:.1e}"
             print(f"{state(row):<18} {row['total_s']:6.1f} s  {name}  {brief}"[:400])

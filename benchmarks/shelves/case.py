@@ -68,7 +68,8 @@ def draw(tree: Any) -> Any:
         rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
         noise = rng.standard_normal(leaf.shape)
         last = name.lower().removesuffix("/value").rpartition("/")[2]
-        if any(word in last for word in ("var", "scale", "gamma")):
+        positive = any(word in last for word in ("var", "scale", "gamma"))
+        if positive or "/var_ema/" in name:  # Haiku's statistics
             noise = 0.7 + 0.3 * np.abs(noise)
         elif len(leaf.shape) < 2:
             noise = 0.1 * noise

@@ -145,7 +145,9 @@ def brax_mlp() -> Case:
 @MODELS("MLP with spectral norm (Brax)")
 def brax_spectral() -> Case:
     def apply(module: Any, variables: Any, x: Any) -> Any:
-        return module.apply(variables, x, rngs={"sing_vec": jax.random.key(0)})
+        names = ["sing_vec"]  # its power iteration goes on at every call
+        keys = {"sing_vec": jax.random.key(0)}
+        return module.apply(variables, x, rngs=keys, mutable=names)[0]
 
     return linen(networks.SNMLP((32, 24, 6)), normal(3, 10), apply=apply)
 
