@@ -190,7 +190,7 @@ def select(
         multiply-accumulates, parameters, bytes of all arrays, or channels.
       latency_ms: instead of them, what one batch may take on this device: as many
         examples as the graph was traced with. Measures the layers and the slim model,
-        see `jaxprune.latency`; holds to a few percent.
+        see `jaxprune.latency`; holds as well as times repeat on the device.
       groups: those to prune, by default all; the others are kept whole.
       **options: strategy, normalize, round_to, min_keep, min_ratio, overrides and
         ignore, see `jaxprune.selection.select`.

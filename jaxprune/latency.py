@@ -157,11 +157,17 @@ class LatencyTable:
         return self.scale * layers + share * self.rest_ms
 
     def measure(self, keep: Plan | Keep) -> float:
-        """Milliseconds of the slim model, measured; its weights are zeros."""
-        structs = _structs(self.graph.variables)
-        small = slice_variables(self.graph, keep, structs)
-        handle = slim_handle(self.graph, self.graph.complete(keep), small)
-        return self.timer(lambda v, i: handle(v, *i), small, self.graph.inputs)
+        """Milliseconds of the slim model, measured; its weights are zeros.
+
+        The whole model is measured beside it, and the result scaled to `base_ms`:
+        where other programs run, a device is faster at one time than at another.
+        """
+        graph, structs = self.graph, _structs(self.graph.variables)
+        small = slice_variables(graph, keep, structs)
+        handle = slim_handle(graph, graph.complete(keep), small)
+        slim = self.timer(lambda v, i: handle(v, *i), small, graph.inputs)
+        now = self.timer(lambda v, i: graph.handle(v, *i), structs, graph.inputs)
+        return slim * self.base_ms / now
 
     def corrected(self, keep: Plan | Keep, ms: float) -> LatencyTable:
         """The table that is right about this plan, whose latency was measured."""

@@ -218,12 +218,19 @@ def _record(graph: ChannelGraph, slim: Slim) -> dict[str, Any]:
 def _latency(
     table: LatencyTable, asked: Budget, predicted: float | None, slim: Slim, apply: Any
 ) -> dict[str, Any]:
-    """The latency asked, predicted and measured on the slim model, JSON-ready."""
+    """The latency asked, predicted and measured on the slim model, JSON-ready.
+
+    "base_again_ms" is the original's, measured beside the slim model: where it is not
+    "base_ms", the device was faster or slower when the layers were measured.
+    """
     handle, inputs = handle_of(slim.model, apply), table.graph.inputs
     measured = table.timer(lambda v, i: handle(v, *i), slim.variables, inputs)
+    whole = table.graph
+    again = table.timer(lambda v, i: whole.handle(v, *i), whole.variables, inputs)
     return {
         "batch": jax.tree.leaves(inputs)[0].shape[0],
         "base_ms": table.base_ms,
+        "base_again_ms": again,
         "asked_ms": asked.value,
         "predicted_ms": predicted,
         "measured_ms": measured,
