@@ -142,7 +142,8 @@ def verify(
       tolerance: largest error allowed, relative to the largest output (at least 1).
 
     Raises:
-      EmissionError: the two differ by more than the tolerance.
+      EmissionError: the two differ by more than the tolerance, or the original's
+        outputs are NaN.
     """
     source = graph.variables if variables is None else variables
     inputs = x if isinstance(x, tuple) else (x,)
@@ -164,6 +165,11 @@ def verify(
         for dim, axis in enumerate(value.axes):
             if axis is not None:
                 a = np.compress(axis_mask(graph, mask, axis), a, dim)
+        if a.size and np.isnan(a).all():
+            raise EmissionError(
+                "nothing can be proven: an output of the masked original is NaN "
+                "throughout; check the weights and the inputs, or pass verify=False"
+            )
         worst = max(worst, _difference(a, b))
         scale = max(scale, float(np.abs(a[np.isfinite(a)]).max(initial=0.0)))
     if not worst <= tolerance * scale:

@@ -8,7 +8,13 @@ from zoo import make, random_plan
 
 import jaxprune as jp
 from jaxprune import trees
-from jaxprune.errors import GraphError, PlanError, PruneError, ScoreError
+from jaxprune.errors import (
+    EmissionError,
+    GraphError,
+    PlanError,
+    PruneError,
+    ScoreError,
+)
 from jaxprune.records import Plan
 
 
@@ -163,3 +169,12 @@ def test_a_model_in_which_nothing_can_go_has_no_groups():
     assert graph.groups == () and graph.macs() == 12
     assert jp.verify(graph, {}, jnp.ones((2, 3))) == 0
     assert "an output of the model" in str(graph)
+
+
+def test_a_model_of_nan_is_not_proven():
+    model, variables, x = make("mlp")
+    variables = jax.tree.map(lambda a: a * np.nan, variables)
+    graph = jp.trace(model, variables, x)
+    half = {g.name: np.arange(g.size // 2) for g in graph.groups}
+    with pytest.raises(EmissionError, match="NaN throughout; check the weights"):
+        jp.verify(graph, half, x)
