@@ -83,7 +83,9 @@ class Plan(Mapping[str, np.ndarray]):
                     "Plan.from_masks"
                 )
                 continue
-            kept = np.unique(kept.astype(np.int64))
+            kept = kept.astype(np.int64)
+            if not (kept[1:] > kept[:-1]).all():
+                kept = np.unique(kept)
             if kept.size != np.asarray(indices).size:
                 problems.append(f"group {name!r}: the same index is listed twice")
             if kept.size and not (0 <= kept[0] and kept[-1] < size):

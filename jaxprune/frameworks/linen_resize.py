@@ -122,7 +122,8 @@ def adopt(module: nn.Module, table: Mapping[str, Shape]) -> None:
         return cut_init
 
     def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any):
-        init = _stated(module, name, args) or cut("params", name, init_fn)
+        held = _stated(module, name, args)
+        init = cut("params", name, init_fn) if held is None else lambda *_, **__: held
         return own_param(name, init, *args, **kwargs)
 
     def variable(
@@ -143,16 +144,24 @@ def trust(module: nn.Module) -> None:
         return
     own_param = module.param
 
-    def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any):
-        init = _stated(module, name, args) or init_fn
-        return own_param(name, init, *args, **kwargs)
+    def param(
+        name: str,
+        init_fn: Callable[..., Any],
+        *args: Any,
+        unbox: bool = True,
+        **kwargs: Any,
+    ):
+        held = _stated(module, name, args)
+        if held is None:
+            return own_param(name, init_fn, *args, unbox=unbox, **kwargs)
+        return nn.unbox(held) if unbox else held
 
     _set(module, {"param": param})
 
 
 def _stated(module: nn.Module, name: str, args: tuple[Any, ...]) -> Any:
-    """None, or an initialiser that gives the array there is, if it has the shape that
-    the initialiser is asked for (its first argument, as all of Flax and JAX take it).
+    """The array there is, if it has the shape that the initialiser is asked for (its
+    first argument, as all of Flax and JAX take it); None otherwise.
     """
     assert module.scope is not None
     if not args or not isinstance(args[0], tuple | list):
@@ -160,7 +169,7 @@ def _stated(module: nn.Module, name: str, args: tuple[Any, ...]) -> Any:
     held = module.scope.get_variable("params", name, None)
     leaves = jax.tree_util.tree_leaves(held)
     shapes = [getattr(leaf, "shape", None) for leaf in leaves]
-    return (lambda *_, **__: held) if shapes == [tuple(args[0])] else None
+    return held if shapes == [tuple(args[0])] else None
 
 
 def _cut(shape: Shape) -> Callable[[Any], Any]:

@@ -105,6 +105,8 @@ class ChannelGraph:
                 "expected a plan, or a mapping from group names to kept indices, found "
                 f"{type(plan).__name__}; make the plan with jp.select"
             )
+        if isinstance(plan, Plan) and plan.sizes == sizes and len(plan) == len(sizes):
+            return plan
         given = (
             plan.sizes if isinstance(plan, Plan) else {n: sizes.get(n) for n in plan}
         )
