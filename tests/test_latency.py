@@ -216,8 +216,8 @@ def test_the_batch_of_the_latency_can_be_another(fake):
     [
         ("l1", {"strategy": "global"}),
         ("lasso", {"allocation": "uniform"}),
-        ("lasso", {"refit": "bias"}),
-        ("importance_redundancy", {}),
+        pytest.param("lasso", {"refit": "bias"}, marks=pytest.mark.slow),
+        pytest.param("importance_redundancy", {}, marks=pytest.mark.slow),
     ],
 )
 def test_prune_reports_asked_predicted_and_measured(fake, method, options):
@@ -238,6 +238,7 @@ def test_prune_reports_asked_predicted_and_measured(fake, method, options):
     assert found["measured_ms"] == pytest.approx(found["predicted_ms"], rel=0.06)
 
 
+@pytest.mark.slow
 def test_a_real_clock_gives_a_smaller_network():
     """Loose: other programs run beside the tests."""
     model = models.create("vgg_small")

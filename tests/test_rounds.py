@@ -87,8 +87,8 @@ def test_one_step_is_what_no_schedule_gives():
     ("method", "options"),
     [
         ("cpli", {"allocation": "uniform"}),
-        ("lasso", {}),
-        ("importance_redundancy", {}),
+        pytest.param("lasso", {}, marks=pytest.mark.slow),
+        pytest.param("importance_redundancy", {}, marks=pytest.mark.slow),
         ("taylor", {"strategy": "global"}),
     ],
 )
@@ -196,6 +196,7 @@ class Normed(nn.Module):
         return nn.Dense(4, name="c")(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_other_peoples_modules_are_saved_and_loaded_after_steps(tmp_path):
     model = Normed()
     batches = _batches((8, 8, 3), classes=4)
