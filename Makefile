@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python launch/main.py $(DEMO_ARGS)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=15
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
