@@ -371,3 +371,26 @@ def test_the_users_module_is_not_touched():
     again = jp.trace(slim.model, slim.variables, x)
     assert [g.size for g in again.groups] == [4, 3]
     assert jp.verify(again, _half(again), x) < 1e-5
+
+
+class _Named(nn.Module):
+    """Layers that bear the names of the wrapper's own fields."""
+
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for name in self.names:
+            x = nn.relu(nn.Dense(8, name=name)(x))
+        return nn.Dense(3)(x)
+
+
+def test_layers_may_bear_any_name():
+    model = _Named(("inner", "shapes", "settings", "model", "module"))
+    x = jax.random.normal(jax.random.key(0), (4, 5))
+    variables = model.init(jax.random.key(1), x)
+    graph = jp.trace(model, variables, x)
+    assert len(graph.groups) == 5
+    slim = jp.shrink(graph, {group.name: np.arange(4) for group in graph.groups})
+    assert slim.model.apply(slim.variables, x).shape == (4, 3)
+    assert slim.variables["params"]["inner"]["kernel"].shape == (5, 4)

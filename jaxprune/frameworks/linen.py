@@ -64,7 +64,9 @@ class LinenHandle:
 
 def inference_flags(model: nn.Module) -> dict[str, Any]:
     """The flags of `flags.INFERENCE` that the module's call takes."""
-    return call_flags(type(model.inner if isinstance(model, Resized) else model))
+    return call_flags(
+        type(model.jaxprune_module if isinstance(model, Resized) else model)
+    )
 
 
 def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Module:
@@ -75,7 +77,7 @@ def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Mod
     """
     if isinstance(model, Resized):  # what is not set anew stays as it was
         merged = {row[:2]: row for row in (*model.settings, *map(tuple, settings))}
-        model, settings = model.inner, tuple(merged.values())
+        model, settings = model.jaxprune_module, tuple(merged.values())
     resized = getattr(model, "resized", None)
     if resized is not None:
         return resized(variables)

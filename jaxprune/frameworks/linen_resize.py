@@ -29,21 +29,22 @@ Read = Callable[..., Shape | None]
 
 
 class Resized(nn.Module):
-    """The module `inner` with its layers' widths read off the arrays.
+    """The module `jaxprune_module` with its layers' widths read off the arrays.
 
     Attributes:
-      inner: the user's module.
+      jaxprune_module: the user's; a name that none of their layers has, for it is
+        reserved in the scope that both share.
       shapes: name and shape of every array, for `init`.
       settings: (path of a layer, attribute, value) that shapes do not tell
         (GroupNorm's num_groups).
     """
 
-    inner: nn.Module
+    jaxprune_module: nn.Module
     shapes: Shapes
     settings: Settings = ()
 
     def setup(self) -> None:
-        nn.share_scope(self, self.inner)
+        nn.share_scope(self, self.jaxprune_module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         table = dict(self.shapes)
@@ -58,7 +59,7 @@ class Resized(nn.Module):
             return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(follow):
-            return self.inner(*args, **kwargs)
+            return self.jaxprune_module(*args, **kwargs)
 
 
 def resize(
