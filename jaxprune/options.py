@@ -76,6 +76,7 @@ class Pruning:
       feature_importance: weigh features by what the next layer needs, in cpli.
       refit: "none", "bias" or "lstsq".
       passes: "sequential" or "single".
+      compensate: refit to what shortcut sums are short of.
       positions: samples an image and layer, 0 for all.
       ridge: of the refit; None for the rule.
       layer_epochs: epochs of fine-tuning after each layer at most, 0 for none.
@@ -108,6 +109,7 @@ class Pruning:
     feature_importance: bool | None = None
     refit: str | None = None
     passes: str | None = None
+    compensate: bool | None = None
     positions: int | None = None
     ridge: float | None = None
     layer_epochs: int = 0

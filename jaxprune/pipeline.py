@@ -20,7 +20,7 @@ from jaxprune.methods.reconstruct import Progress
 from jaxprune.methods.seed_ratio import seed_ratio
 from jaxprune.records import Budget, Group, Slim
 from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
-from jaxprune.runner import Runner, conv_order, split_options
+from jaxprune.runner import Runner, conv_order, parse_options
 from jaxprune.schedule import removed_shares
 from jaxprune.surgery import shrink
 from jaxprune.tracing import trace
@@ -80,8 +80,10 @@ def prune(
       on_progress: (stage, done, total).
       **options: of the selection (strategy and normalize for criteria, allocation for
         the methods that go layer by layer, round_to, min_keep, min_ratio, overrides),
-        and of the method: see `jaxprune.methods`, for instance mu,
-        feature_importance, refit, passes, positions, ridge.
+        and of the method: the fields of `Refitting` (refit, passes, compensate,
+        positions, ridge: jaxprune.methods.reconstruct), for cpli of `Objective` (mu,
+        feature_importance, ...: jaxprune.methods.cpli), for importance_redundancy of
+        `Rules` (entropy_threshold, ...: jaxprune.methods.redundancy_rules).
 
     Raises:
       ConfigError: unknown method, option or schedule.
@@ -92,7 +94,7 @@ def prune(
     if batches is None:
         variables, batches = None, variables
     data = batches if isinstance(batches, Calibration) else Calibration(batches)
-    chosen, selection = split_options(method, options)
+    chosen = parse_options(method, options)
     asked = budgets.one_budget(
         macs=macs, params=params, bytes=bytes, latency_ms=latency_ms, keep=keep
     )
@@ -105,9 +107,7 @@ def prune(
         graph = trace(model, variables, data.inputs, apply=apply, ignore=ignore)
     groups, stuck = _prunable(graph)
     loss_fn = loss_fn or cross_entropy
-    run = Runner(
-        method, data, loss_fn, asked, seed, chosen, selection, on_progress=on_progress
-    )
+    run = Runner(method, data, loss_fn, asked, seed, chosen, on_progress=on_progress)
     bound = None
     if asked is not None:
         bound = budgets.constraint(
@@ -149,7 +149,7 @@ def prune(
         times = _latency(bound.table, asked, predicted, slim, apply)
         report["latency"] = times
         report["achieved"]["latency_ms"] = times["measured_ms"]
-    if chosen.get("preset") == "seed":
+    if chosen.rules.preset == "seed":
         report["seed_ratio"] = seed_ratio(graph, slim.plan)
     return Slim(slim.model, slim.variables, slim.plan, report)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,13 +14,19 @@ from jaxprune import trees
 from jaxprune.criteria import CRITERIA
 from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
+from jaxprune.methods.cpli import Objective, cpli
 from jaxprune.methods.cpli import chooser as cpli_chooser
-from jaxprune.methods.cpli import cpli
+from jaxprune.methods.importance_redundancy import SEED_BUDGET, importance_redundancy
 from jaxprune.methods.importance_redundancy import chooser as redundancy_chooser
-from jaxprune.methods.importance_redundancy import importance_redundancy
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.ranking import follow_plan
-from jaxprune.methods.reconstruct import Chooser, Progress, Reconstruction
+from jaxprune.methods.reconstruct import (
+    Chooser,
+    Progress,
+    Reconstruction,
+    Refitting,
+)
+from jaxprune.methods.redundancy_rules import Rules
 from jaxprune.methods.scores import score
 from jaxprune.methods.sensitivity import Curves, sensitivity
 from jaxprune.methods.taps import find_taps
@@ -34,18 +40,32 @@ SELECTION = (
 )  # fmt: skip
 
 
+class Options(NamedTuple):
+    """What a call's options say, by the part of the method that takes them.
+
+    Attributes:
+      objective: of cpli and lasso.
+      rules: of importance_redundancy.
+      refitting: of all.
+      selection: widths and their limits, see `jaxprune.selection`.
+    """
+
+    objective: Objective
+    rules: Rules
+    refitting: Refitting
+    selection: dict[str, Any]
+
+
 def methods() -> tuple[str, ...]:
     """Names that `prune(method=...)` takes."""
     return (*LAYERWISE, *CRITERIA)
 
 
-def split_options(
-    method: str, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the method, and of the selection.
+def parse_options(method: str, options: Mapping[str, Any]) -> Options:
+    """The options by part.
 
     Raises:
-      ConfigError: an unknown method, or an option that neither takes.
+      ConfigError: an unknown method, an option that it does not take, or a bad value.
     """
     if method not in methods():
         close = difflib.get_close_matches(method, methods(), n=1)
@@ -53,37 +73,38 @@ def split_options(
         raise ConfigError(
             f"unknown method {method!r}; {hint}known: {', '.join(methods())}"
         )
-    function = {
-        "cpli": cpli,
-        "lasso": cpli,
-        "importance_redundancy": importance_redundancy,
-    }.get(method, follow_plan)
-    internal = {"groups", "fallback", "order", "loss_fn", "seed", "on_progress"}
-    taken = {
-        name
-        for name, p in inspect.signature(function).parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    } - internal
-    if method == "lasso":
-        taken -= {"selection", "mu", "feature_importance", "loss_term"}
-    unknown = [n for n in options if n not in taken and n not in SELECTION]
+    taken = _names(Refitting)
+    if method == "cpli":
+        taken |= _names(Objective)
+    elif method == "lasso":
+        taken |= {"nonnegative"}
+    elif method == "importance_redundancy":
+        taken = (taken | _names(Rules)) - {"passes"}
     # A preset that is not asked for is no option.
-    unknown = [n for n in unknown if not (n == "preset" and options[n] is None)]
+    given = {n: v for n, v in options.items() if (n, v) != ("preset", None)}
+    unknown = [n for n in given if n not in taken and n not in SELECTION]
     if unknown:
         raise ConfigError(
             f"method {method!r} has no option {unknown[0]!r}; it takes "
             f"{', '.join(sorted(taken | set(SELECTION)))}"
         )
-    chosen = {n: v for n, v in options.items() if n in taken}
     if method == "lasso":
-        chosen.update(mu=0.0, feature_importance=False)
-    return chosen, {n: v for n, v in options.items() if n in SELECTION}
+        given |= {"mu": 0.0, "feature_importance": False}
+    return Options(
+        Objective(**_of(Objective, given)),
+        Rules(**_of(Rules, given)),
+        Refitting(**_of(Refitting, given)),
+        {n: v for n, v in given.items() if n in SELECTION},
+    )
 
 
-def _taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that the function has a parameter for."""
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in names}
+def _names(record: type) -> set[str]:
+    return {field.name for field in fields(record)}
+
+
+def _of(record: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are fields of the record."""
+    return {n: v for n, v in options.items() if n in _names(record)}
 
 
 class Runner:
@@ -96,12 +117,13 @@ class Runner:
         loss_fn: LossFn,
         asked: Budget | None,
         seed: int,
-        options: Mapping[str, Any],
-        selection: Mapping[str, Any],
+        options: Options,
         on_progress: Progress | None,
     ):
+        if asked is not None and options.rules.preset == "seed":
+            raise ConfigError(SEED_BUDGET)
         self.method, self.data, self.loss_fn, self.asked = method, data, loss_fn, asked
-        self.seed, self.options, self.selection = seed, options, selection
+        self.seed, self.options, self.selection = seed, options, options.selection
         self.on_progress = on_progress
 
     def asked_record(self) -> dict[str, Any]:
@@ -110,9 +132,8 @@ class Runner:
         if self.asked is not None:
             found[self.asked.kind] = self.asked.value
         if self.method == "importance_redundancy":
-            defaults = inspect.signature(importance_redundancy).parameters
             for name in ("entropy_threshold", "similarity_threshold"):
-                found[name] = self.options.get(name, defaults[name].default)
+                found[name] = getattr(self.options.rules, name)
         return found
 
     def plan(
@@ -191,9 +212,9 @@ class Runner:
             find_taps(graph),
             self.chooser(graph, groups, uniform),
             groups=groups,
+            refitting=self.options.refitting,
             seed=self.seed,
             on_progress=self.on_progress,
-            **_taken(sensitivity, self.options),
         )
 
     def chooser(
@@ -207,12 +228,11 @@ class Runner:
         if self.method == "importance_redundancy":
             return redundancy_chooser(
                 graph, graph.variables, self.data, groups=groups, fallback=fallback,
-                loss_fn=self.loss_fn, seed=self.seed,
-                **_taken(redundancy_chooser, self.options),
+                loss_fn=self.loss_fn, rules=self.options.rules, seed=self.seed,
             )  # fmt: skip
         return cpli_chooser(
             graph, find_taps(graph), graph.variables, self.data, counts, fallback,
-            self.loss_fn, **_taken(cpli_chooser, self.options),
+            self.loss_fn, self.options.objective, ridge=self.options.refitting.ridge,
         )  # fmt: skip
 
     def one_group(
@@ -245,21 +265,22 @@ class Runner:
         counts = None if plan is None else {n: len(k) for n, k in plan.items()}
         common: dict[str, Any] = {
             "groups": groups,
+            "refitting": self.options.refitting,
             "seed": self.seed,
             "on_progress": on_progress,
-            **self.options,
         }
         if self.method in ("cpli", "lasso"):
             assert counts is not None
             return cpli(
                 graph, variables, self.data, counts,
-                fallback=score(graph, variables, "l2"), loss_fn=self.loss_fn, **common,
+                fallback=score(graph, variables, "l2"), loss_fn=self.loss_fn,
+                objective=self.options.objective, **common,
             )  # fmt: skip
         if self.method == "importance_redundancy":
             return importance_redundancy(
                 graph, variables, self.data, counts,
                 fallback=score(graph, variables, "l2"), loss_fn=self.loss_fn,
-                order=order, **common,
+                rules=self.options.rules, order=order, **common,
             )  # fmt: skip
         assert plan is not None
         return follow_plan(graph, variables, self.data, plan, **common)

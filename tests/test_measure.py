@@ -1,10 +1,11 @@
 """What the methods measure on a network, against plain runs of it."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from zoo import make, random_batches
+from zoo import make, random_batches, randomise
 
 import jaxprune as jp
 from jaxprune import slicing, trees
@@ -16,6 +17,8 @@ from jaxprune.methods.measure import (
     cross_entropy,
     gate_gradients,
 )
+from jaxprune.methods.ranking import follow_plan
+from jaxprune.methods.reconstruct import Refitting
 from jaxprune.methods.relay import Relay, measure_moments
 from jaxprune.methods.sensitivity import curve
 from jaxprune.methods.taps import find_taps, rows_and_targets
@@ -220,3 +223,38 @@ def test_masks_and_refit_rows_agree():
     for tap in find_taps(graph):
         rows = tap.row_keep(mask)
         assert not tap.matrix(silent[tap.path])[~rows].any()
+
+
+class _Concatenated(nn.Module):
+    """One layer that reads two others side by side."""
+
+    @nn.compact
+    def __call__(self, x):
+        parts = [nn.relu(nn.Dense(12, name=name)(x)) for name in ("left", "right")]
+        return nn.Dense(5, name="reader")(jnp.concatenate(parts, -1))
+
+
+@pytest.mark.parametrize("passes", ["sequential", "single"])
+def test_a_reader_of_two_groups_ends_at_its_least_squares_solution(passes):
+    """It is refitted once for each group; its bias too starts from the original's."""
+    model, batches = _Concatenated(), random_batches((9,), count=96, size=32)
+    variables = randomise(model.init(jax.random.key(0), batches[0][0]))
+    graph = jp.trace(model, variables, batches[0][0])
+    kept = {"left": np.arange(0, 12, 2), "right": np.arange(5)}
+    found = follow_plan(
+        graph, variables, Calibration(batches), graph.complete(kept),
+        groups=graph.groups,
+        refitting=Refitting(passes=passes, positions=None, ridge=1e-7),
+    )  # fmt: skip
+    x = np.concatenate([x for x, _ in batches])
+    _, layers = model.apply(variables, x, capture_intermediates=True)
+    rows = [
+        np.maximum(layers["intermediates"][name]["__call__"][0], 0)[:, index]
+        for name, index in kept.items()
+    ]
+    rows = np.concatenate([*rows, np.ones((len(x), 1))], 1, dtype=np.float64)
+    wanted = np.asarray(model.apply(variables, x), np.float64)
+    best = rows @ np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    np.testing.assert_allclose(
+        model.apply(found.variables, x), best, atol=1e-3 * np.abs(best).max()
+    )

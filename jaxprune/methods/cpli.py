@@ -14,6 +14,7 @@ own count, will not keep.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,10 +29,9 @@ from jaxprune.methods.measure import (
 from jaxprune.methods.reconstruct import (
     Choice,
     Chooser,
-    Passes,
     Progress,
     Reconstruction,
-    Refit,
+    Refitting,
     Term,
     reconstruct,
 )
@@ -50,6 +50,40 @@ LossTerm = Literal["example", "batch"]
 Selection = Literal["lasso", "elimination"]
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What the selection minimises.
+
+    Attributes:
+      selection: "lasso", the paper's, which weighs channels with W as it is, or
+        "elimination" (`jaxprune.solver.elimination`), which weighs them by what is
+        lost once the others are refitted.
+      mu: weight of the classification loss; 0 needs no labels.
+      feature_importance: weigh what the next stage keeps (s_j).
+      loss_term: "example" for the mean |dL/db|, "batch" for |mean dL/db|.
+      nonnegative: gates b >= 0; without, of either sign.
+
+    Raises:
+      ConfigError: an unknown value.
+    """
+
+    selection: Selection = "lasso"
+    mu: float = 1.0
+    feature_importance: bool = True
+    loss_term: LossTerm = "example"
+    nonnegative: bool = True
+
+    def __post_init__(self):
+        if self.selection not in ("lasso", "elimination"):
+            raise ConfigError(
+                f"selection must be 'lasso' or 'elimination'; found {self.selection!r}"
+            )
+        if self.loss_term not in ("example", "batch"):
+            raise ConfigError(
+                f"loss_term must be 'example' or 'batch'; found {self.loss_term!r}"
+            )
+
+
 def cpli(
     graph: ChannelGraph,
     variables: Any,
@@ -59,15 +93,8 @@ def cpli(
     groups: Sequence[Group],
     fallback: Mapping[str, np.ndarray],
     loss_fn: LossFn,
-    selection: Selection = "lasso",
-    mu: float = 1.0,
-    feature_importance: bool = True,
-    loss_term: LossTerm = "example",
-    refit: Refit = "lstsq",
-    passes: Passes = "sequential",
-    positions: int | None = 10,
-    ridge: float | None = None,
-    nonnegative: bool = True,
+    objective: Objective,
+    refitting: Refitting,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Reconstruction:
@@ -78,19 +105,12 @@ def cpli(
       counts: channels to keep, by group name.
       fallback: scores (C,) for groups that no tap reads.
       loss_fn: (outputs, y) -> per-example losses (B,).
-      selection: "lasso", the paper's, which weighs channels with W as it is, or
-        "elimination" (`jaxprune.solver.elimination`), which weighs them by what is
-        lost once the others are refitted.
-      mu: weight of the classification loss; 0 needs no labels.
-      feature_importance: weigh what the next stage keeps (s_j).
-      loss_term: "example" for the mean |dL/db|, "batch" for |mean dL/db|.
-      The other options are those of `reconstruct`.
+      The others are those of `reconstruct`.
     """
     taps = find_taps(graph)
     choose = chooser(
-        graph, taps, variables, calibration, counts, fallback, loss_fn,
-        selection=selection, mu=mu, feature_importance=feature_importance,
-        loss_term=loss_term, ridge=ridge, nonnegative=nonnegative,
+        graph, taps, variables, calibration, counts, fallback, loss_fn, objective,
+        ridge=refitting.ridge,
     )  # fmt: skip
 
     def choose_group(group: Group, terms: Sequence[Term], observe: Any) -> Choice:
@@ -104,10 +124,7 @@ def cpli(
         taps,
         choose_group,
         groups=groups,
-        refit=refit,
-        passes=passes,
-        positions=positions,
-        ridge=ridge,
+        refitting=refitting,
         seed=seed,
         on_progress=on_progress,
     )
@@ -121,30 +138,20 @@ def chooser(
     counts: Mapping[str, int],
     fallback: Mapping[str, np.ndarray],
     loss_fn: LossFn,
+    objective: Objective,
     *,
-    selection: Selection = "lasso",
-    mu: float = 1.0,
-    feature_importance: bool = True,
-    loss_term: LossTerm = "example",
     ridge: float | None = None,
-    nonnegative: bool = True,
 ) -> Chooser:
     """The selection of one group at any count; measures the loss term once.
 
     Arguments are those of `cpli`; `counts` is for the suppression.
-
-    Raises:
-      ConfigError: an unknown `selection`.
     """
-    if selection not in ("lasso", "elimination"):
-        raise ConfigError(
-            f"selection must be 'lasso' or 'elimination'; found {selection!r}"
-        )
+    mu, importance = objective.mu, objective.feature_importance
     gates: dict[str, np.ndarray] = {}
-    if mu > 0 or feature_importance:
+    if mu > 0 or importance:
         gates = gate_gradients(graph, taps, variables, calibration, loss_fn)
     loss = {
-        name: found[1] if loss_term == "example" else np.abs(found[0])
+        name: found[1] if objective.loss_term == "example" else np.abs(found[0])
         for name, found in gates.items()
     }
 
@@ -154,9 +161,7 @@ def chooser(
                 term.moments,
                 term.kernel,
                 term.row_channel,
-                output_weight(graph, term.tap, loss, counts)
-                if feature_importance
-                else None,
+                output_weight(graph, term.tap, loss, counts) if importance else None,
             )
             for term in terms
         ]
@@ -189,12 +194,12 @@ def chooser(
             return np.arange(group.size)
         if not terms:
             return top(fallback[group.name], keep)
-        if selection == "elimination":
+        if objective.selection == "elimination":
             removed = gone(group, terms, group.size - keep)
             return np.setdiff1d(np.arange(group.size), removed)
         scores = scaled_scores(loss.get(group.name, np.zeros(group.size)))
         return select_gates(
-            system(group, terms), scores, keep, mu=mu, nonnegative=nonnegative
+            system(group, terms), scores, keep, mu=mu, nonnegative=objective.nonnegative
         ).kept
 
     return choose

@@ -13,7 +13,8 @@ option of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +30,11 @@ from jaxprune.methods.reconstruct import (
     Observe,
     Progress,
     Reconstruction,
-    Refit,
+    Refitting,
     Term,
     reconstruct,
 )
 from jaxprune.methods.redundancy_rules import (
-    Bins,
-    Pairing,
     Rules,
     Seen,
     default_choice,
@@ -47,8 +46,11 @@ from jaxprune.methods.scores import score
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Group
 
-Preset = Literal["seed"]
 EXAMPLES = 10_000
+SEED_BUDGET = (
+    "preset='seed' prunes by its two thresholds: leave out macs, params, bytes, keep "
+    "and latency_ms"
+)
 
 
 def importance_redundancy(
@@ -61,17 +63,8 @@ def importance_redundancy(
     fallback: Mapping[str, np.ndarray],
     order: Sequence[str],
     loss_fn: LossFn | None = None,
-    preset: Preset | None = None,
-    entropy_threshold: float = 0.3,
-    similarity_threshold: float = 0.8,
-    importance: str = "entropy",
-    bins: Bins = "shared",
-    pairing: Pairing = "clusters",
-    spatial: bool = True,
-    fold: bool = True,
-    refit: Refit | None = None,
-    positions: int | None = 10,
-    ridge: float | None = None,
+    rules: Rules,
+    refitting: Refitting,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Reconstruction:
@@ -86,29 +79,22 @@ def importance_redundancy(
         which the script's exemption and growing share follow.
       loss_fn: (outputs, y) -> per-example losses (B,), for an `importance` of
         gradients.
-      preset: "seed" for the script's own numbers; thresholds only, no other option.
-      entropy_threshold: channels below this entropy (nats, 10 bins) go.
-      similarity_threshold: |Pearson correlation| above which channels are twins.
-      importance: "entropy" or a criterion (`jaxprune.criteria.CRITERIA`), taken once
-        before anything is pruned: the more important twin survives, and a budget
-        takes the least important channels first.
-      bins: of the entropy: "shared", of one width for the whole layer, or "range", on
-        each channel's own range, which cannot see a channel that hardly varies.
-      pairing: "clusters", in which one channel stands for all others, or "pairs".
-      spatial: correlate over space as well, not over pooled means alone.
-      fold: move a removed twin's weights to its survivor's.
-      refit: as for `reconstruct`; by default "lstsq", and "none" with the preset.
+      rules: what is important, and which channels are twins.
+      refitting: as for `reconstruct`; by default "none" with the preset.
 
     Raises:
-      ConfigError: the preset with counts or with options of the default, or an
-        unknown value.
+      ConfigError: the preset with counts.
     """
-    rules = Rules(entropy_threshold, similarity_threshold, bins, pairing, spatial, fold)
-    _check(preset, rules, importance, counts is not None)
+    script = rules.preset == "seed"
+    if script and counts is not None:
+        raise ConfigError(SEED_BUDGET)
+    if script and refitting.refit is None:
+        refitting = replace(refitting, refit="none")
+    shared = rules.bins == "shared"
     taps = find_taps(graph)
     places = find_places(graph, groups, taps)
     eligible = {name: place for place, name in enumerate(order)}
-    ranks = _ranks(graph, variables, calibration, importance, loss_fn, seed)
+    ranks = _ranks(graph, variables, calibration, rules.importance, loss_fn, seed)
 
     def one(observe: Observe, group: Group, **options: Any) -> Seen:
         def run(states, update, limit):
@@ -123,13 +109,13 @@ def importance_redundancy(
                 return Choice(np.arange(group.size))
             scores = ranks.get(group.name, fallback[group.name])
             return Choice(top(scores, counts[group.name]))
-        if preset == "seed":
+        if script:
             seen = one(observe, group, spatial=False, shared=False, limit=EXAMPLES)
             rows = None
             if not places[group.name].conv:
                 rows = first_rows(observe, group.size, numbers.SEED_DENSE_SAMPLES)
             return Choice(seed_choice(seen, rows, eligible.get(group.name), rules))
-        seen = one(observe, group, spatial=spatial, shared=bins == "shared", limit=None)
+        seen = one(observe, group, spatial=rules.spatial, shared=shared, limit=None)
         keep = None if counts is None else counts[group.name]
         return default_choice(seen, ranks.get(group.name), keep, rules)
 
@@ -141,9 +127,7 @@ def importance_redundancy(
         choose,
         groups=groups,
         places=places,
-        refit=refit or ("none" if preset == "seed" else "lstsq"),
-        positions=positions,
-        ridge=ridge,
+        refitting=refitting,
         seed=seed,
         on_progress=on_progress,
     )
@@ -157,21 +141,14 @@ def chooser(
     groups: Sequence[Group],
     fallback: Mapping[str, np.ndarray],
     loss_fn: LossFn | None = None,
-    entropy_threshold: float = 0.3,
-    similarity_threshold: float = 0.8,
-    importance: str = "entropy",
-    bins: Bins = "shared",
-    pairing: Pairing = "clusters",
-    spatial: bool = True,
+    rules: Rules,
     seed: int = 0,
 ) -> Chooser:
     """The default's selection of any group at any count, in the network as it is.
 
     Measures all groups in two passes. Arguments are those of `importance_redundancy`.
     """
-    rules = Rules(entropy_threshold, similarity_threshold, bins, pairing, spatial)
-    _check(None, rules, importance, True)
-    ranks = _ranks(graph, variables, calibration, importance, loss_fn, seed)
+    ranks = _ranks(graph, variables, calibration, rules.importance, loss_fn, seed)
     places = find_places(graph, groups, find_taps(graph))
 
     def run(states, update, limit):
@@ -180,7 +157,8 @@ def chooser(
         )
 
     sizes = {group.name: group.size for group in groups if group.name in places}
-    seen = measure(run, sizes, spatial=spatial, shared=bins == "shared", limit=None)
+    shared = rules.bins == "shared"
+    seen = measure(run, sizes, spatial=rules.spatial, shared=shared, limit=None)
 
     def choose(group: Group, terms: Sequence[Term], keep: int) -> np.ndarray:
         del terms
@@ -206,31 +184,3 @@ def _ranks(
     return score(
         graph, variables, importance, batches=calibration, loss_fn=loss_fn, seed=seed
     )
-
-
-def _check(preset: str | None, rules: Rules, importance: str, budget: bool) -> None:
-    problems = []
-    if preset not in (None, "seed"):
-        problems.append(f"preset must be 'seed' or nothing; found {preset!r}")
-    if rules.bins not in ("shared", "range"):
-        problems.append(f"bins must be 'shared' or 'range'; found {rules.bins!r}")
-    if rules.pairing not in ("clusters", "pairs"):
-        problems.append(
-            f"pairing must be 'clusters' or 'pairs'; found {rules.pairing!r}"
-        )
-    if preset == "seed":
-        if budget:
-            problems.append(
-                "preset='seed' prunes by its two thresholds: leave out macs, params, "
-                "bytes and keep"
-            )
-        plain = Rules(rules.entropy_threshold, rules.similarity_threshold)
-        changed = [n for n in Rules._fields if getattr(rules, n) != getattr(plain, n)]
-        changed += ["importance"] if importance != "entropy" else []
-        if changed:
-            problems.append(
-                f"preset='seed' fixes {', '.join(changed)}: leave out the preset to "
-                "choose"
-            )
-    if problems:
-        raise ConfigError("; ".join(problems))

@@ -201,7 +201,7 @@ def gate_readers(
     by_unit = np.full(graph.channels.count + 1, -1)
     for number, group in enumerate(graph.groups):
         by_unit[group.units] = number
-    for tap in taps:
+    for tap in {tap.site: tap for tap in taps}.values():  # blocks read one image
         value = graph.records[tap.site].inputs[tap.image]
         if not value.axes or value.axes[0] is not None:
             continue  # the leading axis must be the batch
@@ -211,6 +211,8 @@ def gate_readers(
             needs = graph.needs(nodes)
             for number in sorted(set(by_unit[needs[needs >= 0]].tolist()) - {-1}):
                 group = graph.groups[number]
+                if not np.isin(tap.row_needs, group.units).any():
+                    continue  # a whole block of a grouped convolution, read behind it
                 index = channel_index(needs, group)
                 found.setdefault(tap.site, []).append((group.name, (axis, index)))
     return found

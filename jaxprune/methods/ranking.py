@@ -9,10 +9,9 @@ from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.reconstruct import (
     Choice,
-    Passes,
     Progress,
     Reconstruction,
-    Refit,
+    Refitting,
     Term,
     reconstruct,
 )
@@ -27,10 +26,7 @@ def follow_plan(
     plan: Plan,
     *,
     groups: Sequence[Group],
-    refit: Refit = "lstsq",
-    passes: Passes = "sequential",
-    positions: int | None = 10,
-    ridge: float | None = None,
+    refitting: Refitting,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Reconstruction:
@@ -48,14 +44,11 @@ def follow_plan(
         graph,
         variables,
         calibration,
-        () if refit == "none" else find_taps(graph),
+        () if refitting.how == "none" else find_taps(graph),
         choose,
         groups=groups,
-        second=refit == "lstsq",
-        refit=refit,
-        passes=passes,
-        positions=positions,
-        ridge=ridge,
+        second=refitting.how == "lstsq",
+        refitting=refitting,
         seed=seed,
         on_progress=on_progress,
     )

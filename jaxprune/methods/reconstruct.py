@@ -7,10 +7,10 @@ consumers' kernels, so that every pass runs the same compiled program.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
@@ -20,6 +20,7 @@ from jaxprune.graph import ChannelGraph
 from jaxprune.methods.activations import Place
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.relay import Relay
+from jaxprune.methods.shortcuts import find_shortcuts
 from jaxprune.methods.taps import Tap, by_kernel
 from jaxprune.records import Group, Plan
 from jaxprune.slicing import mask_variables
@@ -69,13 +70,53 @@ Chooser = Callable[[Group, Sequence[Term], int], np.ndarray]
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Refitting:
+    """How consumers are measured and refitted.
+
+    Attributes:
+      refit: "lstsq" solves for the consumers' kernels, "bias" only shifts their
+        intercept by the mean of what was removed, "none" leaves the rest as it is.
+        None: the method's own, "lstsq" but for the script's preset.
+      passes: "sequential" measures X anew after each group, so that later layers
+        correct earlier errors; "single" measures all groups in one pass.
+      compensate: where a layer's output enters a sum, refit it to what the sum is
+        short of, the other branch's error included (`jaxprune.methods.shortcuts`).
+      positions: samples an example and layer; None for all.
+      ridge: of the refit, see `solver.refit`; None for the rule.
+
+    Raises:
+      ConfigError: an unknown value.
+    """
+
+    refit: Refit | None = None
+    passes: Passes = "sequential"
+    compensate: bool = True
+    positions: int | None = 10
+    ridge: float | None = None
+
+    def __post_init__(self):
+        if self.refit not in (None, "none", "bias", "lstsq"):
+            raise ConfigError(
+                f"refit must be none, bias or lstsq; found {self.refit!r}"
+            )
+        if self.passes not in ("sequential", "single"):
+            raise ConfigError(
+                f"passes must be sequential or single; found {self.passes!r}"
+            )
+
+    @property
+    def how(self) -> Refit:
+        return self.refit or "lstsq"
+
+
 class Reconstruction(NamedTuple):
     """Result of `reconstruct`.
 
     Attributes:
       plan: what was chosen.
       variables: full size, refitted; removed rows are zero.
-      residuals: {kernel path: relative error left, mean over outputs}.
+      residuals: {tap's name: relative error left, mean over outputs}.
     """
 
     plan: Plan
@@ -91,12 +132,9 @@ def reconstruct(
     choose: Choose,
     *,
     groups: Sequence[Group],
+    refitting: Refitting,
     places: Mapping[str, Place] | None = None,
     second: bool = True,
-    refit: Refit = "lstsq",
-    passes: Passes = "sequential",
-    positions: int | None = 10,
-    ridge: float | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Reconstruction:
@@ -111,32 +149,36 @@ def reconstruct(
       places: where the groups' activations are, for a `choose` that observes them.
       second: whether the terms that `choose` is given hold second moments; without,
         the refit can be "bias" or "none" only, and costs a fraction.
-      refit: "lstsq" solves for the consumers' kernels, "bias" only shifts their
-        intercept by the mean of what was removed, "none" leaves the rest as it is.
-      passes: "sequential" measures X anew after each group, so that later layers
-        correct earlier errors; "single" measures all groups in one pass.
-      positions: samples an example and layer; None for all.
-      ridge: of the refit, see `solver.refit`.
+      seed: of the sampled positions.
     """
-    _check_options(refit, passes)
-    current, residuals = variables, {}
+    sequential = refitting.passes == "sequential"
+    current, original, residuals = variables, trees.flatten(variables), {}
     keep: dict[str, np.ndarray] = {}
     measured: dict[str, Moments] = {}
-    relay = Relay(graph, variables, calibration, positions=positions)
+    shortcuts = {}
+    if sequential and refitting.compensate:
+        shortcuts = find_shortcuts(graph, taps, groups)
+    relay = Relay(
+        graph,
+        variables,
+        calibration,
+        positions=refitting.positions,
+        shortcuts=shortcuts,
+    )
     places = places or {}
     of_group = [group_taps(taps, group) for group in groups]
-    if passes == "single":
-        unique = {tap.site: tap for mine in of_group for tap in mine}
+    if not sequential:
+        unique = {(tap.site, tap.part): tap for mine in of_group for tap in mine}
         measured = relay.moments(
             list(unique.values()), variables, seed=seed, second=second
         )
     for number, (group, mine) in enumerate(zip(groups, of_group, strict=True)):
         place = places.get(group.name)
-        if passes == "sequential" and (mine or place):
+        if sequential and (mine or place):
             ahead = [tap.site for later in of_group[number:] for tap in later]
             ahead += [places[g.name].site for g in groups[number:] if g.name in places]
             relay.advance(ahead, current)
-        if passes == "sequential":
+        if sequential:
             measured = relay.moments(mine, current, seed=seed + number, second=second)
         leaves = trees.flatten(current)
         terms = measured_terms(group, mine, measured, leaves)
@@ -147,18 +189,13 @@ def reconstruct(
         keep[group.name] = np.sort(choice.kept)
         plan = graph.complete(keep)
         mask = graph.unit_mask(plan)
-        changed = refit_consumers(terms, choice, leaves, mask, refit, ridge, residuals)
+        changed = refit_consumers(
+            terms, choice, leaves, original, mask, refitting, residuals
+        )
         current = mask_variables(graph, plan, trees.replace(current, changed))
         if on_progress is not None:
             on_progress("prune", number + 1, len(groups))
     return Reconstruction(graph.complete(keep), current, residuals)
-
-
-def _check_options(refit: str, passes: str) -> None:
-    if refit not in ("none", "bias", "lstsq"):
-        raise ConfigError(f"refit must be none, bias or lstsq; found {refit!r}")
-    if passes not in ("sequential", "single"):
-        raise ConfigError(f"passes must be sequential or single; found {passes!r}")
 
 
 def group_taps(taps: Sequence[Tap], group: Group) -> list[Tap]:
@@ -176,11 +213,11 @@ def measured_terms(
     return [
         Term(
             uses[0],
-            measured[path],
-            uses[0].matrix(leaves[path]),
+            measured[name],
+            uses[0].matrix(leaves[uses[0].path]),
             uses[0].row_channels(group),
         )
-        for path, uses in by_kernel(taps).items()
+        for name, uses in by_kernel(taps).items()
     ]
 
 
@@ -188,16 +225,22 @@ def refit_consumers(
     terms: Sequence[Term],
     choice: Choice,
     leaves: Mapping[str, Any],
+    original: Mapping[str, Any],
     mask: np.ndarray,
-    refit: Refit,
-    ridge: float | None,
+    refitting: Refitting,
     residuals: dict[str, float],
 ) -> dict[str, Any]:
-    """New leaves of all consumers; `residuals` is filled by kernel path."""
+    """New leaves of all consumers; `residuals` is filled by their names.
+
+    Args:
+      leaves: of the network pruned so far.
+      original: of the network that the moments' Y are from.
+      mask: bool by unit, what is kept.
+    """
     changed: dict[str, Any] = {}
     for term in terms:
         now = {**leaves, **changed}
-        changed.update(_refitted(term, choice, now, mask, refit, ridge, residuals))
+        changed |= _refitted(term, choice, now, original, mask, refitting, residuals)
     return changed
 
 
@@ -205,32 +248,39 @@ def _refitted(
     term: Term,
     choice: Choice,
     leaves: Mapping[str, Any],
+    original: Mapping[str, Any],
     mask: np.ndarray,
-    refit: Refit,
-    ridge: float | None,
+    refitting: Refitting,
     residuals: dict[str, float],
 ) -> dict[str, Any]:
     """New leaves of one consumer: kernel and intercept."""
+    refit = refitting.how
     if refit == "none" and choice.fold is None:
         return {}
     tap, keep = term.tap, term.tap.row_keep(mask)
     place = tap.intercept
     kernel, shift = folded(term, choice)
+    # Folding moves the intercept as it is. Targets are without the original's, so
+    # what is fitted to them starts from that: a kernel that reads several groups is
+    # refitted once for each.
+    start = leaves if refit == "none" else original
     changed: dict[str, Any] = {tap.path: tap.unmatrix(kernel, leaves[tap.path])}
     if refit == "lstsq":
         solved = solve_refit(
-            term.moments, keep, kernel=kernel, ridge=ridge, intercept=place is not None
+            term.moments,
+            keep,
+            kernel=kernel,
+            ridge=refitting.ridge,
+            intercept=place is not None,
         )
         changed[tap.path] = tap.unmatrix(solved.kernel, leaves[tap.path])
-        residuals[tap.path] = float(np.mean(solved.residual))
+        residuals[tap.name] = float(np.mean(solved.residual))
         shift = solved.intercept
     elif refit == "bias":
         cov = covariances(term.moments)
         shift = cov.mean_y - cov.mean_x @ (kernel * keep[:, None])
     if place is not None:
-        leaf = leaves[place]
-        moved = tap.sign * np.asarray(shift, np.float64).reshape(leaf.shape)
-        changed[place] = jnp.asarray(np.asarray(leaf) + moved, leaf.dtype)
+        changed[place] = tap.shifted(shift, leaves[place], start[place])
     return changed
 
 

@@ -7,6 +7,7 @@ a network.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,24 +17,65 @@ from jax import lax
 
 from jaxprune.criteria import redundancy as numbers
 from jaxprune.criteria.redundancy import Redundancy
+from jaxprune.errors import ConfigError
 from jaxprune.methods.reconstruct import Choice, Observe
 from jaxprune.stats import activations as stats_lib
 from jaxprune.stats.activations import ActivationStats, Comoments
 
 Bins = Literal["shared", "range"]
 Pairing = Literal["clusters", "pairs"]
+Preset = Literal["seed"]
 EXEMPT = 3  # convolutions before the first that the script searches for pairs
 
 
-class Rules(NamedTuple):
-    """Options of the default; see `importance_redundancy`."""
+@dataclass(frozen=True)
+class Rules:
+    """What is important, and which channels are twins.
 
-    entropy_threshold: float
-    similarity_threshold: float
+    Attributes:
+      preset: "seed" for the script's own numbers; thresholds only, no other option.
+      entropy_threshold: channels below this entropy (nats, 10 bins) go.
+      similarity_threshold: |Pearson correlation| above which channels are twins.
+      importance: "entropy" or a criterion (`jaxprune.criteria.CRITERIA`), taken once
+        before anything is pruned: the more important twin survives, and a budget
+        takes the least important channels first.
+      bins: of the entropy: "shared", of one width for the whole layer, or "range", on
+        each channel's own range, which cannot see a channel that hardly varies.
+      pairing: "clusters", in which one channel stands for all others, or "pairs".
+      spatial: correlate over space as well, not over pooled means alone.
+      fold: move a removed twin's weights to its survivor's.
+
+    Raises:
+      ConfigError: an unknown value, or the preset with options of the default.
+    """
+
+    preset: Preset | None = None
+    entropy_threshold: float = 0.3
+    similarity_threshold: float = 0.8
+    importance: str = "entropy"
     bins: Bins = "shared"
     pairing: Pairing = "clusters"
     spatial: bool = True
     fold: bool = True
+
+    def __post_init__(self):
+        problems = []
+        if self.preset not in (None, "seed"):
+            problems.append(f"preset must be 'seed' or nothing; found {self.preset!r}")
+        if self.bins not in ("shared", "range"):
+            problems.append(f"bins must be 'shared' or 'range'; found {self.bins!r}")
+        if self.pairing not in ("clusters", "pairs"):
+            problems.append(
+                f"pairing must be 'clusters' or 'pairs'; found {self.pairing!r}"
+            )
+        fixed = ("importance", "bins", "pairing", "spatial", "fold")
+        own = [n for n in fixed if getattr(self, n) != getattr(Rules, n)]
+        if self.preset == "seed" and own:
+            problems.append(
+                f"preset='seed' fixes {', '.join(own)}: leave out the preset to choose"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 class Seen(NamedTuple):

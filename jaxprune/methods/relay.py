@@ -22,6 +22,7 @@ from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.flat import State, flatten
 from jaxprune.methods.activations import Place, channels_last
 from jaxprune.methods.measure import Calibration
+from jaxprune.methods.shortcuts import Shortcut, captured_sites, from_operands
 from jaxprune.methods.taps import Tap, by_kernel, rows_and_targets
 from jaxprune.stats import moments as moments_lib
 from jaxprune.stats.moments import Moments
@@ -37,6 +38,7 @@ class Relay:
       graph: traced with inputs of the calibration's batch shape.
       original: variables of the original network.
       positions: samples an example and tap; None for all.
+      shortcuts: {tap's site: the sum} whose other branch the targets make up for.
       memory: bytes that the activations may take.
     """
 
@@ -47,12 +49,14 @@ class Relay:
         calibration: Calibration,
         *,
         positions: int | None,
+        shortcuts: Mapping[Site, Shortcut] | None = None,
         memory: int = MEMORY,
     ):
         self._original = jax.tree.leaves(original)
         self._program = flatten(graph.closed, graph.records, len(self._original))
         self._graph, self._calibration = graph, calibration
         self._positions, self._memory = positions, memory
+        self._shortcuts = shortcuts or {}
         self._number = {s.site: k for k, s in enumerate(self._program.steps)}
         self._start = 0
         # Per batch the states of both networks; None: from the inputs.
@@ -90,7 +94,7 @@ class Relay:
     def moments(
         self, taps: Sequence[Tap], current: Any, *, seed: int, second: bool = True
     ) -> dict[str, Moments]:
-        """{kernel path: moments}: X in the current network, Y in the original one.
+        """{tap's name: moments}: X in the current network, Y in the original one.
 
         Kernels used at several places gather all their uses. Without `second` only
         the means are taken.
@@ -151,37 +155,43 @@ class Relay:
         return state
 
     def _step(self, taps: Sequence[Tap]):
-        at = {self._number[tap.site]: tap for tap in taps}
-        stop = max(at) + 1
+        sums = {
+            t.site: self._shortcuts[t.site] for t in taps if t.site in self._shortcuts
+        }
+        seen = {*(tap.site for tap in taps), *captured_sites(sums)}
+        wanted = {self._number[site]: site for site in seen}
+        stop = max(wanted) + 1
 
-        def capture(variables, state, operand: bool) -> Mapping[int, jax.Array]:
-            found: dict[int, jax.Array] = {}
+        def capture(variables, state) -> tuple[dict[Site, Any], dict[Site, Any]]:
+            read: dict[Site, Any] = {}
+            made: dict[Site, Any] = {}
 
             def after(number, operands, results):
-                if number in at:
-                    found[number] = (
-                        operands[at[number].image] if operand else results[0]
-                    )
+                if number in wanted:
+                    read[wanted[number]], made[wanted[number]] = operands, results[0]
 
             self._program.run(variables, state, self._start, stop, after)
-            return found
+            return read, made
 
-        def step(sums, original, current, states, weight, key):
-            targets = capture(original, states[0], False)
-            images = capture(current, states[1], True)
-            result = dict(sums)
-            for number, tap in at.items():
+        def step(moments, original, current, states, weight, key):
+            first, targets = capture(original, states[0])
+            second, _ = capture(current, states[1])
+            result = dict(moments)
+            for tap in taps:
+                number, target = self._number[tap.site], targets[tap.site]
+                if tap.site in sums:
+                    target = from_operands(sums[tap.site], target, first, second)
                 x, y = rows_and_targets(
                     tap,
                     self._program.steps[number].eqn,
-                    images[number],
-                    targets[number],
+                    second[tap.site][tap.image],
+                    target,
                     jax.random.fold_in(key, number),
                     self._positions,
                 )
                 weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)
-                result[tap.path] = moments_lib.update(
-                    result[tap.path],
+                result[tap.name] = moments_lib.update(
+                    result[tap.name],
                     x.reshape(-1, tap.rows),
                     y.reshape(-1, tap.outputs),
                     weights,
@@ -205,6 +215,6 @@ def measure_moments(
     positions: int | None,
     seed: int,
 ) -> dict[str, Moments]:
-    """{kernel path: moments} of all taps in one pass over the calibration batches."""
+    """{tap's name: moments} of all taps in one pass over the calibration batches."""
     relay = Relay(graph, original, calibration, positions=positions)
     return relay.moments(taps, current, seed=seed)

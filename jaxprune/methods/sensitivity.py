@@ -22,7 +22,7 @@ from jaxprune.methods.reconstruct import (
     Choice,
     Chooser,
     Progress,
-    Refit,
+    Refitting,
     group_taps,
     measured_terms,
     refit_consumers,
@@ -49,9 +49,7 @@ def sensitivity(
     choose: Chooser,
     *,
     groups: Sequence[Group],
-    refit: Refit = "lstsq",
-    positions: int | None = 10,
-    ridge: float | None = None,
+    refitting: Refitting,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Curves:
@@ -60,10 +58,12 @@ def sensitivity(
     One pass for the moments of all groups, then a forward run of some examples
     for each group and share: the network keeps its shapes, so nothing is recompiled.
     """
-    used = {tap.site: tap for group in groups for tap in group_taps(taps, group)}
+    used = {
+        (tap.site, tap.part): tap for group in groups for tap in group_taps(taps, group)
+    }
     measured = measure_moments(
         graph, list(used.values()), variables, variables, calibration,
-        positions=positions, seed=seed,
+        positions=refitting.positions, seed=seed,
     )  # fmt: skip
     leaves = trees.flatten(variables)
     loss = divergence(graph, variables, calibration)
@@ -77,7 +77,13 @@ def sensitivity(
             kept = choose(group, terms, count)
             plan = graph.complete({group.name: kept})
             changed = refit_consumers(
-                terms, Choice(kept), leaves, graph.unit_mask(plan), refit, ridge, {}
+                terms,
+                Choice(kept),
+                leaves,
+                leaves,
+                graph.unit_mask(plan),
+                refitting,
+                {},
             )
             pruned = mask_variables(graph, plan, trees.replace(variables, changed))
             losses.append(loss(pruned))

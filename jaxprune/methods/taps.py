@@ -2,7 +2,8 @@
 
 A tap is a convolution or matrix product whose kernel is a leaf of the variables. It
 is seen as Y = X W with rows X (n, R), one an output position, kernel W (R, N) and
-targets Y (n, N) before the bias; every row and column knows the channels it needs.
+targets Y (n, N) before the bias; every row and column knows the channels it needs. A
+grouped convolution is several taps, one for each of its blocks of inputs and outputs.
 """
 
 # JAX types `aval` as its base class, which has no shape.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,10 +27,13 @@ from jaxprune.graph.interpret import CASTS
 from jaxprune.records import Group
 from jaxprune.stats import patches
 
+# Blocks of a grouped convolution that are taps of their own; one with more is left out.
+MOST_PARTS = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """One use of a kernel that reads channels.
+    """One use of a kernel that reads channels, or of one block of it.
 
     Attributes:
       site: its call site.
@@ -41,6 +45,7 @@ class Tap:
       row_needs, column_needs: int arrays (R, F), (N, F): channels, -1 for none.
       intercept: leaf that can take a shift of the outputs, or None.
       sign: +1 if the intercept is added to the outputs, -1 if subtracted.
+      part, parts: which of how many blocks of the kernel's columns.
     """
 
     site: Site
@@ -54,6 +59,13 @@ class Tap:
     column_needs: np.ndarray
     intercept: str | None
     sign: int
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        """The kernel's path, and the block if there are several."""
+        return self.path if self.parts == 1 else f"{self.path}[{self.part}]"
 
     @property
     def rows(self) -> int:
@@ -61,18 +73,34 @@ class Tap:
 
     @property
     def outputs(self) -> int:
-        return math.prod(self.shape[self.contracted :])
+        return math.prod(self.shape[self.contracted :]) // self.parts
+
+    @property
+    def columns(self) -> slice:
+        """The outputs that it makes, among those of the kernel."""
+        return slice(self.part * self.outputs, (self.part + 1) * self.outputs)
+
+    def _whole(self, leaf: Any) -> np.ndarray:
+        kernel = np.transpose(np.asarray(leaf, np.float64), self.order)
+        return kernel.reshape(self.rows, self.parts * self.outputs)
 
     def matrix(self, leaf: Any) -> np.ndarray:
-        """The kernel leaf as W (R, N), float64."""
-        return np.transpose(np.asarray(leaf, np.float64), self.order).reshape(
-            self.rows, self.outputs
-        )
+        """The kernel leaf, or its block of it, as W (R, N), float64."""
+        return self._whole(leaf)[:, self.columns]
 
-    def unmatrix(self, matrix: np.ndarray, like: Any) -> jax.Array:
-        """Inverse of `matrix`, with the dtype of the leaf `like`."""
-        kernel = np.transpose(matrix.reshape(self.shape), np.argsort(self.order))
-        return jnp.asarray(kernel, like.dtype)
+    def unmatrix(self, matrix: np.ndarray, leaf: Any) -> jax.Array:
+        """The leaf with the matrix in its place."""
+        whole = self._whole(leaf).copy()
+        whole[:, self.columns] = matrix
+        kernel = np.transpose(whole.reshape(self.shape), np.argsort(self.order))
+        return jnp.asarray(kernel, leaf.dtype)
+
+    def shifted(self, shift: np.ndarray, leaf: Any, start: Any) -> jax.Array:
+        """The leaf `intercept`, its outputs shifted by (N,) from those of `start`."""
+        moved = np.array(leaf, np.float64).reshape(-1)
+        origin = np.asarray(start, np.float64).reshape(-1)[self.columns]
+        moved[self.columns] = origin + self.sign * np.asarray(shift, np.float64)
+        return jnp.asarray(moved.reshape(leaf.shape), leaf.dtype)
 
     def row_channels(self, group: Group) -> np.ndarray:
         """int array (R,): the group's channel that each row belongs to, else -1."""
@@ -97,45 +125,50 @@ def find_taps(graph: ChannelGraph) -> tuple[Tap, ...]:
     """Every tap of the graph, in the order of execution.
 
     Kernels that are not leaves themselves (stacked by a scan, normalised by weight
-    norm), feature-grouped convolutions and batched products are left out: their
-    groups are ranked by a score and not refitted.
+    norm), depthwise convolutions, which read each channel for itself alone, and batched
+    products are left out.
     """
     taps = []
     for site, record in graph.records.items():
         if record.name == "dot_general":
-            found = _dot_tap(graph, site, record)
+            taps += _dot_tap(graph, site, record)
         elif record.name == "conv_general_dilated":
-            found = _conv_tap(graph, site, record)
-        else:
-            continue
-        if found is not None:
-            taps.append(found)
+            taps += _conv_taps(graph, site, record)
     return tuple(taps)
 
 
-def _conv_tap(graph: ChannelGraph, site: Site, record: Record) -> Tap | None:
+def _conv_taps(graph: ChannelGraph, site: Site, record: Record) -> list[Tap]:
     params, kernel = record.eqn.params, record.inputs[1]
-    if kernel.leaf is None or record.repeat != 1:
-        return None
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        return None
-    spec = params["dimension_numbers"].rhs_spec
+    if kernel.leaf is None or record.repeat != 1 or params["batch_group_count"] != 1:
+        return []
+    parts, spec = params["feature_group_count"], params["dimension_numbers"].rhs_spec
     order = (*spec[2:], spec[1], spec[0])
-    return _tap(graph, site, record, 0, 1, order, len(order) - 1)
+    tap = _tap(graph, site, record, 0, 1, order, len(order) - 1)
+    if parts == 1:
+        return [tap]
+    inputs = record.eqn.invars[1].aval.shape[spec[1]]
+    if inputs == 1 or parts > MOST_PARTS:
+        return []
+    # The rows need what the kernel's own axis does: a place in every block. That a
+    # whole block may go too is no matter of its rows, its columns go with it.
+    blocks = [replace(tap, part=part, parts=parts) for part in range(parts)]
+    return [
+        replace(block, column_needs=tap.column_needs[block.columns]) for block in blocks
+    ]
 
 
-def _dot_tap(graph: ChannelGraph, site: Site, record: Record) -> Tap | None:
+def _dot_tap(graph: ChannelGraph, site: Site, record: Record) -> list[Tap]:
     contract, batch = record.eqn.params["dimension_numbers"]
     leaves = [value.leaf is not None for value in record.inputs]
     if any(leaves) == all(leaves) or batch[0] or record.repeat != 1:
-        return None
+        return []
     kernel = leaves.index(True)
     if record.inputs[1 - kernel].pure:
-        return None
+        return []
     rank = len(record.inputs[kernel].axes)
     used = tuple(contract[kernel])
     free = tuple(d for d in range(rank) if d not in used)
-    return _tap(graph, site, record, 1 - kernel, kernel, (*used, *free), len(used))
+    return [_tap(graph, site, record, 1 - kernel, kernel, (*used, *free), len(used))]
 
 
 def _tap(
@@ -248,7 +281,7 @@ def rows_and_targets(
       positions: P; None for all.
     """
     if eqn.primitive.name == "conv_general_dilated":
-        return _conv_rows(eqn, image, target, key, positions)
+        return _conv_rows(tap, eqn, image, target, key, positions)
     contract = eqn.params["dimension_numbers"][0][tap.image]
     free = [d for d in range(image.ndim) if d not in contract]
     x = jnp.transpose(image, (*free, *contract))
@@ -262,13 +295,16 @@ def rows_and_targets(
     return x[:, chosen], y[:, chosen]
 
 
-def _conv_rows(eqn, image, target, key, positions):
+def _conv_rows(tap: Tap, eqn, image, target, key, positions):
     params = eqn.params
     numbers = params["dimension_numbers"]
     lhs, out = numbers.lhs_spec, numbers.out_spec
     image = jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1]))
     target = jnp.transpose(target, (out[0], *out[2:], out[1]))
     rhs = eqn.invars[1].aval.shape
+    inputs = image.shape[-1] // tap.parts
+    image = image[..., tap.part * inputs : (tap.part + 1) * inputs]
+    target = target[..., tap.columns]
     chosen = patches.sample_positions(key, target.shape[1:-1], positions)
     x = patches.gather_patches(
         image,
@@ -285,8 +321,8 @@ def _conv_rows(eqn, image, target, key, positions):
 
 
 def by_kernel(taps: Sequence[Tap]) -> Mapping[str, tuple[Tap, ...]]:
-    """Taps that share a kernel (a layer called twice) together."""
+    """{tap's name: its uses}: one, or several of a layer that is called twice."""
     found: dict[str, tuple[Tap, ...]] = {}
     for tap in taps:
-        found[tap.path] = (*found.get(tap.path, ()), tap)
+        found[tap.name] = (*found.get(tap.name, ()), tap)
     return found

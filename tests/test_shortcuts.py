@@ -1,0 +1,124 @@
+"""What a refit makes up for where its output enters a sum."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import make, random_batches, randomise
+
+import jaxprune as jp
+from jaxprune.methods.measure import Calibration
+from jaxprune.methods.relay import Relay
+from jaxprune.methods.shortcuts import find_shortcuts
+from jaxprune.methods.taps import find_taps
+
+
+class Residual(nn.Module):
+    """A stem, residual branches whose last layers are normalised, and maybe a head."""
+
+    blocks: int = 1
+    head: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), name="stem")(x)
+        for k in range(self.blocks):
+            inner = nn.relu(nn.Conv(8, (3, 3), name=f"inner{k}")(x))
+            inner = nn.Conv(6, (3, 3), use_bias=False, name=f"outer{k}")(inner)
+            inner = nn.BatchNorm(use_running_average=True, name=f"norm{k}")(inner)
+            x = x + inner
+        return nn.Dense(3, name="head")(x.mean((1, 2))) if self.head else x
+
+
+def _residual(**fields):
+    model, batches = Residual(**fields), random_batches((6, 6, 2), count=20, size=8)
+    variables = randomise(model.init(jax.random.key(0), batches[0][0]))
+    return model, variables, batches, jp.trace(model, variables, batches[0][0])
+
+
+def _branches(model, variables, x):
+    """The stem's output and the last layer's, (B, H, W, C) each."""
+    _, found = model.apply(variables, x, capture_intermediates=True)
+    layers = found["intermediates"]
+    return layers["stem"]["__call__"][0], layers["outer0"]["__call__"][0]
+
+
+def test_the_target_is_what_the_sum_is_short_of():
+    model, variables, batches, graph = _residual()
+    taps = find_taps(graph)
+    shortcuts = find_shortcuts(graph, taps, graph.groups)
+    (outer,) = [tap for tap in taps if "outer" in tap.path]
+    assert list(shortcuts) == [outer.site]
+    # The network pruned so far has another stem.
+    moved = jax.tree.map(lambda leaf: leaf, variables)
+    kernel = variables["params"]["stem"]["kernel"]
+    moved["params"]["stem"]["kernel"] = kernel.at[..., 2].mul(-0.5)
+    norm, stats = variables["params"]["norm0"], variables["batch_stats"]["norm0"]
+    gain = norm["scale"] / jnp.sqrt(stats["var"] + 1e-5)
+    x = np.concatenate([x for x, _ in batches])
+    stem, target = _branches(model, variables, x)
+    wanted = target + (stem - _branches(model, moved, x)[0]) / gain
+    relay = Relay(
+        graph, variables, Calibration(batches), positions=None, shortcuts=shortcuts
+    )
+    found = relay.moments([outer], moved, seed=0)[outer.path]
+    np.testing.assert_allclose(
+        found.mean_y, wanted.mean((0, 1, 2)), rtol=1e-4, atol=1e-5
+    )
+    plain = Relay(graph, variables, Calibration(batches), positions=None)
+    without = plain.moments([outer], moved, seed=0)[outer.path]
+    np.testing.assert_allclose(
+        without.mean_y, target.mean((0, 1, 2)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_outputs_that_do_not_reach_the_sum_keep_their_target():
+    model, variables, batches, _ = _residual()
+    scale = variables["params"]["norm0"]["scale"]
+    variables["params"]["norm0"]["scale"] = scale.at[1].set(0.0)
+    graph = jp.trace(model, variables, batches[0][0])
+    taps = find_taps(graph)
+    (outer,) = [tap for tap in taps if "outer" in tap.path]
+    moved = jax.tree.map(lambda leaf: 1.2 * leaf, variables)
+    relay = Relay(
+        graph, variables, Calibration(batches), positions=None,
+        shortcuts=find_shortcuts(graph, taps, graph.groups),
+    )  # fmt: skip
+    mean = relay.moments([outer], moved, seed=0)[outer.path].mean_y
+    x = np.concatenate([x for x, _ in batches])
+    target = _branches(model, variables, x)[1].mean((0, 1, 2))
+    assert np.isfinite(mean).all()
+    np.testing.assert_allclose(mean[1], target[1], rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(mean - target))[0] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "sums", "compensating"),
+    [("resnet20", 9, "conv2"), ("resnet50", 16, "conv3"), ("vit_cifar", 4, "")],
+)
+def test_one_layer_of_every_sum_compensates(name, sums, compensating):
+    """The last of each residual branch, never the projection beside it."""
+    model, variables, x = make(name)
+    graph = jp.trace(model, variables, x)
+    taps = find_taps(graph)
+    found = find_shortcuts(graph, taps, graph.groups)
+    assert len({shortcut.site for shortcut in found.values()}) == sums == len(found)
+    paths = [tap.path for tap in taps if tap.site in found]
+    assert all(compensating in path for path in paths), paths
+
+
+def test_compensation_leaves_a_smaller_error_in_the_sum():
+    """What the first branch has lost, the second makes up for in part."""
+    model, variables, batches, _ = _residual(blocks=2, head=False)
+    errors = {}
+    x = np.concatenate([x for x, _ in batches])
+    wanted = model.apply(variables, x)
+    for compensate in (True, False):
+        slim = jp.prune(
+            model, variables, batches, method="lasso", keep=0.5, positions=None,
+            compensate=compensate, allocation="uniform",
+        )  # fmt: skip
+        found = slim.model.apply(slim.variables, x)
+        errors[compensate] = float(jnp.square(found - wanted).mean())
+    assert errors[True] < errors[False]
