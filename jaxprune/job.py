@@ -34,7 +34,8 @@ _METHOD_OPTIONS = (
     "entropy_threshold", "similarity_threshold", "importance", "bins", "pairing",
     "spatial", "fold", "round_to", "min_keep", "strategy", "allocation",
     "selection", "mu",
-    "feature_importance", "refit", "passes", "compensate", "positions", "ridge",
+    "feature_importance", "refit", "passes", "compensate",
+    "refit_again", "positions", "ridge",
 )  # fmt: skip
 STAGES = ("base", "prune", "finetune", "evaluate")
 

@@ -77,6 +77,7 @@ class Pruning:
       refit: "none", "bias" or "lstsq".
       passes: "sequential" or "single".
       compensate: refit to what shortcut sums are short of.
+      refit_again: refit once more what was refitted before a layer ahead was pruned.
       positions: samples an image and layer, 0 for all.
       ridge: of the refit; None for the rule.
       layer_epochs: epochs of fine-tuning after each layer at most, 0 for none.
@@ -110,6 +111,7 @@ class Pruning:
     refit: str | None = None
     passes: str | None = None
     compensate: bool | None = None
+    refit_again: bool | None = None
     positions: int | None = None
     ridge: float | None = None
     layer_epochs: int = 0

@@ -16,7 +16,9 @@ from jaxprune.frameworks import handle_of
 from jaxprune.graph import ChannelGraph
 from jaxprune.latency import LatencyTable
 from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
-from jaxprune.methods.reconstruct import Progress
+from jaxprune.methods.reconstruct import (
+    Progress,
+)
 from jaxprune.methods.seed_ratio import seed_ratio
 from jaxprune.records import Budget, Group, Slim
 from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
@@ -81,7 +83,7 @@ def prune(
       **options: of the selection (strategy and normalize for criteria, allocation for
         the methods that go layer by layer, round_to, min_keep, min_ratio, overrides),
         and of the method: the fields of `Refitting` (refit, passes, compensate,
-        positions, ridge: jaxprune.methods.reconstruct), for cpli of `Objective` (mu,
+        positions, ridge, ...: jaxprune.methods.refitting), for cpli of `Objective` (mu,
         feature_importance, ...: jaxprune.methods.cpli), for importance_redundancy of
         `Rules` (entropy_threshold, ...: jaxprune.methods.redundancy_rules).
 

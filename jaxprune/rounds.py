@@ -19,7 +19,10 @@ from jaxprune import budget as budgets
 from jaxprune.check import slim_handle
 from jaxprune.graph import ChannelGraph, build
 from jaxprune.methods.measure import Calibration
-from jaxprune.methods.reconstruct import Progress, Reconstruction
+from jaxprune.methods.reconstruct import (
+    Progress,
+    Reconstruction,
+)
 from jaxprune.records import Group, Plan, Slim
 from jaxprune.runner import Runner
 from jaxprune.schedule import limits_at

@@ -24,9 +24,11 @@ from jaxprune.methods.reconstruct import (
     Chooser,
     Progress,
     Reconstruction,
-    Refitting,
 )
 from jaxprune.methods.redundancy_rules import Rules
+from jaxprune.methods.refitting import (
+    Refitting,
+)
 from jaxprune.methods.scores import score
 from jaxprune.methods.sensitivity import Curves, sensitivity
 from jaxprune.methods.taps import find_taps

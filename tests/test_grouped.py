@@ -14,7 +14,9 @@ from jaxprune.criteria.gradients import gate_gradients as weight_gate_gradients
 from jaxprune.graph import evaluate, tree_arguments
 from jaxprune.methods.measure import Calibration, cross_entropy, gate_gradients
 from jaxprune.methods.ranking import follow_plan
-from jaxprune.methods.reconstruct import Refitting
+from jaxprune.methods.refitting import (
+    Refitting,
+)
 from jaxprune.methods.taps import find_taps, rows_and_targets
 
 PARTS = 3

@@ -18,7 +18,9 @@ from jaxprune.methods.measure import (
     gate_gradients,
 )
 from jaxprune.methods.ranking import follow_plan
-from jaxprune.methods.reconstruct import Refitting
+from jaxprune.methods.refitting import (
+    Refitting,
+)
 from jaxprune.methods.relay import Relay, measure_moments
 from jaxprune.methods.sensitivity import curve
 from jaxprune.methods.taps import find_taps, rows_and_targets

@@ -9,6 +9,7 @@ from zoo import make, random_batches, randomise
 
 import jaxprune as jp
 from jaxprune.methods.measure import Calibration
+from jaxprune.methods.refitting import group_taps
 from jaxprune.methods.relay import Relay
 from jaxprune.methods.shortcuts import find_shortcuts
 from jaxprune.methods.taps import find_taps
@@ -37,6 +38,15 @@ def _residual(**fields):
     return model, variables, batches, jp.trace(model, variables, batches[0][0])
 
 
+def _turn(graph, taps):
+    """The last group that every tap reads, in the order of the groups."""
+    return {
+        tap.site: number
+        for number, group in enumerate(graph.groups)
+        for tap in group_taps(taps, group)
+    }
+
+
 def _branches(model, variables, x):
     """The stem's output and the last layer's, (B, H, W, C) each."""
     _, found = model.apply(variables, x, capture_intermediates=True)
@@ -47,7 +57,7 @@ def _branches(model, variables, x):
 def test_the_target_is_what_the_sum_is_short_of():
     model, variables, batches, graph = _residual()
     taps = find_taps(graph)
-    shortcuts = find_shortcuts(graph, taps, graph.groups)
+    shortcuts = find_shortcuts(graph, taps, _turn(graph, taps))
     (outer,) = [tap for tap in taps if "outer" in tap.path]
     assert list(shortcuts) == [outer.site]
     # The network pruned so far has another stem.
@@ -83,7 +93,7 @@ def test_outputs_that_do_not_reach_the_sum_keep_their_target():
     moved = jax.tree.map(lambda leaf: 1.2 * leaf, variables)
     relay = Relay(
         graph, variables, Calibration(batches), positions=None,
-        shortcuts=find_shortcuts(graph, taps, graph.groups),
+        shortcuts=find_shortcuts(graph, taps, _turn(graph, taps)),
     )  # fmt: skip
     mean = relay.moments([outer], moved, seed=0)[outer.path].mean_y
     x = np.concatenate([x for x, _ in batches])
@@ -102,7 +112,7 @@ def test_one_layer_of_every_sum_compensates(name, sums, compensating):
     model, variables, x = make(name)
     graph = jp.trace(model, variables, x)
     taps = find_taps(graph)
-    found = find_shortcuts(graph, taps, graph.groups)
+    found = find_shortcuts(graph, taps, _turn(graph, taps))
     assert len({shortcut.site for shortcut in found.values()}) == sums == len(found)
     paths = [tap.path for tap in taps if tap.site in found]
     assert all(compensating in path for path in paths), paths
@@ -122,3 +132,33 @@ def test_compensation_leaves_a_smaller_error_in_the_sum():
         found = slim.model.apply(slim.variables, x)
         errors[compensate] = float(jnp.square(found - wanted).mean())
     assert errors[True] < errors[False]
+
+
+def test_what_was_refitted_too_early_is_refitted_again():
+    """The readers of a residual stream; never those of a chain of layers."""
+    calls = {}
+    for name in ("resnet20", "vgg_small"):
+        model, variables, x = make(name)
+        batches = random_batches(x.shape[1:], count=16, size=8)
+        stages = []
+        jp.prune(
+            model, variables, batches, method="l1", keep=0.5, verify=False,
+            on_progress=lambda stage, done, total, s=stages: s.append(stage),
+        )  # fmt: skip
+        calls[name] = stages.count("refit")
+    assert calls == {"resnet20": 19, "vgg_small": 0}
+
+
+def test_the_second_refit_leaves_a_smaller_error():
+    model, variables, batches, _ = _residual(blocks=2, head=True)
+    errors = {}
+    x = np.concatenate([x for x, _ in batches])
+    wanted = model.apply(variables, x)
+    for again in (True, False):
+        slim = jp.prune(
+            model, variables, batches, method="l1", keep=0.6, positions=None,
+            refit_again=again,
+        )  # fmt: skip
+        found = slim.model.apply(slim.variables, x)
+        errors[again] = float(jnp.square(found - wanted).mean())
+    assert errors[True] < 0.9 * errors[False]

@@ -27,13 +27,15 @@ from jaxprune.methods.measure import (
     gate_gradients,
 )
 from jaxprune.methods.reconstruct import (
-    Choice,
     Chooser,
     Progress,
     Reconstruction,
+    reconstruct,
+)
+from jaxprune.methods.refitting import (
+    Choice,
     Refitting,
     Term,
-    reconstruct,
 )
 from jaxprune.methods.taps import Tap, find_taps
 from jaxprune.records import Group

@@ -25,13 +25,10 @@ from jaxprune.methods.activations import find_places, stream
 from jaxprune.methods.cpli import top
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.reconstruct import (
-    Choice,
     Chooser,
     Observe,
     Progress,
     Reconstruction,
-    Refitting,
-    Term,
     reconstruct,
 )
 from jaxprune.methods.redundancy_rules import (
@@ -41,6 +38,11 @@ from jaxprune.methods.redundancy_rules import (
     first_rows,
     measure,
     seed_choice,
+)
+from jaxprune.methods.refitting import (
+    Choice,
+    Refitting,
+    Term,
 )
 from jaxprune.methods.scores import score
 from jaxprune.methods.taps import find_taps

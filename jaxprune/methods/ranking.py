@@ -8,12 +8,14 @@ from typing import Any
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.reconstruct import (
-    Choice,
     Progress,
     Reconstruction,
+    reconstruct,
+)
+from jaxprune.methods.refitting import (
+    Choice,
     Refitting,
     Term,
-    reconstruct,
 )
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Group, Plan

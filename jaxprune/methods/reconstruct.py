@@ -7,59 +7,30 @@ consumers' kernels, so that every pass runs the same compiled program.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.criteria.redundancy import Fold, Redundancy
-from jaxprune.errors import ConfigError
-from jaxprune.graph import ChannelGraph
+from jaxprune.graph import ChannelGraph, Site
 from jaxprune.methods.activations import Place
 from jaxprune.methods.measure import Calibration
+from jaxprune.methods.refitting import (
+    Choice,
+    Refitting,
+    Term,
+    group_taps,
+    measured_terms,
+    refit_consumers,
+    refitted,
+)
 from jaxprune.methods.relay import Relay
 from jaxprune.methods.shortcuts import find_shortcuts
 from jaxprune.methods.taps import Tap, by_kernel
 from jaxprune.records import Group, Plan
 from jaxprune.slicing import mask_variables
-from jaxprune.solver.refit import refit as solve_refit
-from jaxprune.stats.moments import Moments, covariances
-
-Refit = Literal["none", "bias", "lstsq"]
-Passes = Literal["sequential", "single"]
-
-
-class Term(NamedTuple):
-    """One consumer of a group, measured.
-
-    Attributes:
-      tap: the (first) use of its kernel.
-      moments: of X in the network pruned so far and Y in the original.
-      kernel: W (R, N), the current weights.
-      row_channel: int (R,), the group's channel of each row, -1 for none.
-    """
-
-    tap: Tap
-    moments: Moments
-    kernel: np.ndarray
-    row_channel: np.ndarray
-
-
-class Choice(NamedTuple):
-    """What was decided for a group.
-
-    Attributes:
-      kept: indices of the channels that stay.
-      redundancy, fold: channels that others stand for, and by which line; their
-        weights move to the survivors' before the refit.
-    """
-
-    kept: np.ndarray
-    redundancy: Redundancy | None = None
-    fold: Fold | None = None
-
+from jaxprune.stats.moments import Moments
 
 # One pass over a group's activations: (state, update, limit=examples) -> state.
 Observe = Callable[..., Any]
@@ -68,46 +39,6 @@ Choose = Callable[[Group, Sequence[Term], Observe | None], Choice]
 # (group, measured consumers, how many stay) -> kept indices
 Chooser = Callable[[Group, Sequence[Term], int], np.ndarray]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Refitting:
-    """How consumers are measured and refitted.
-
-    Attributes:
-      refit: "lstsq" solves for the consumers' kernels, "bias" only shifts their
-        intercept by the mean of what was removed, "none" leaves the rest as it is.
-        None: the method's own, "lstsq" but for the script's preset.
-      passes: "sequential" measures X anew after each group, so that later layers
-        correct earlier errors; "single" measures all groups in one pass.
-      compensate: where a layer's output enters a sum, refit it to what the sum is
-        short of, the other branch's error included (`jaxprune.methods.shortcuts`).
-      positions: samples an example and layer; None for all.
-      ridge: of the refit, see `solver.refit`; None for the rule.
-
-    Raises:
-      ConfigError: an unknown value.
-    """
-
-    refit: Refit | None = None
-    passes: Passes = "sequential"
-    compensate: bool = True
-    positions: int | None = 10
-    ridge: float | None = None
-
-    def __post_init__(self):
-        if self.refit not in (None, "none", "bias", "lstsq"):
-            raise ConfigError(
-                f"refit must be none, bias or lstsq; found {self.refit!r}"
-            )
-        if self.passes not in ("sequential", "single"):
-            raise ConfigError(
-                f"passes must be sequential or single; found {self.passes!r}"
-            )
-
-    @property
-    def how(self) -> Refit:
-        return self.refit or "lstsq"
 
 
 class Reconstruction(NamedTuple):
@@ -155,18 +86,10 @@ def reconstruct(
     current, original, residuals = variables, trees.flatten(variables), {}
     keep: dict[str, np.ndarray] = {}
     measured: dict[str, Moments] = {}
-    shortcuts = {}
-    if sequential and refitting.compensate:
-        shortcuts = find_shortcuts(graph, taps, groups)
-    relay = Relay(
-        graph,
-        variables,
-        calibration,
-        positions=refitting.positions,
-        shortcuts=shortcuts,
-    )
     places = places or {}
     of_group = [group_taps(taps, group) for group in groups]
+    turn = {tap.site: k for k, mine in enumerate(of_group) for tap in mine}
+    relay = _relay(graph, variables, calibration, taps, turn, refitting)
     if not sequential:
         unique = {(tap.site, tap.part): tap for mine in of_group for tap in mine}
         measured = relay.moments(
@@ -195,109 +118,83 @@ def reconstruct(
         current = mask_variables(graph, plan, trees.replace(current, changed))
         if on_progress is not None:
             on_progress("prune", number + 1, len(groups))
-    return Reconstruction(graph.complete(keep), current, residuals)
+    plan = graph.complete(keep)
+    if sequential and refitting.refit_again and refitting.how != "none":
+        current = _refit_again(
+            graph, variables, calibration, taps, turn, plan, current, refitting,
+            residuals, seed + len(groups), on_progress,
+        )  # fmt: skip
+    return Reconstruction(plan, current, residuals)
 
 
-def group_taps(taps: Sequence[Tap], group: Group) -> list[Tap]:
-    """The taps that read channels of the group."""
-    return [tap for tap in taps if np.isin(tap.row_needs, group.units).any()]
-
-
-def measured_terms(
-    group: Group,
+def _refit_again(
+    graph: ChannelGraph,
+    original: Any,
+    calibration: Calibration,
     taps: Sequence[Tap],
-    measured: Mapping[str, Moments],
-    leaves: Mapping[str, Any],
-) -> list[Term]:
-    """The group's consumers, one a kernel, with their moments and weights."""
-    return [
-        Term(
-            uses[0],
-            measured[name],
-            uses[0].matrix(leaves[uses[0].path]),
-            uses[0].row_channels(group),
-        )
-        for name, uses in by_kernel(taps).items()
-    ]
-
-
-def refit_consumers(
-    terms: Sequence[Term],
-    choice: Choice,
-    leaves: Mapping[str, Any],
-    original: Mapping[str, Any],
-    mask: np.ndarray,
+    turn: Mapping[Site, int],
+    plan: Plan,
+    current: Any,
     refitting: Refitting,
     residuals: dict[str, float],
-) -> dict[str, Any]:
-    """New leaves of all consumers; `residuals` is filled by their names.
+    seed: int,
+    on_progress: Progress | None,
+) -> Any:
+    """The variables with consumers refitted once more, in order of execution.
 
-    Args:
-      leaves: of the network pruned so far.
-      original: of the network that the moments' Y are from.
-      mask: bool by unit, what is kept.
+    A group that is read all along the network (a residual stream) was pruned, and its
+    consumers refitted, before the layers between them were. From the first such
+    consumer on all are measured anew; a chain of layers has none.
     """
-    changed: dict[str, Any] = {}
-    for term in terms:
-        now = {**leaves, **changed}
-        changed |= _refitted(term, choice, now, original, mask, refitting, residuals)
-    return changed
+    mask, leaves = graph.unit_mask(plan), trees.flatten(original)
+    readers = _from_first_stale(
+        [tap for tap in taps if not tap.row_keep(mask).all()], turn
+    )
+    kernels = list(by_kernel(readers).items())
+    turn = {t.site: k for k, (_, uses) in enumerate(kernels) for t in uses}
+    relay = _relay(graph, original, calibration, taps, turn, refitting)
+    for number, (name, uses) in enumerate(kernels):
+        ahead = [tap.site for _, later in kernels[number:] for tap in later]
+        relay.advance(ahead, current)
+        measured = relay.moments(uses, current, seed=seed + number)
+        now = trees.flatten(current)
+        changed = refitted(
+            uses[0], measured[name], uses[0].matrix(now[uses[0].path]), now, leaves,
+            mask, refitting, residuals,
+        )  # fmt: skip
+        current = mask_variables(graph, plan, trees.replace(current, changed))
+        if on_progress is not None:
+            on_progress("refit", number + 1, len(kernels))
+    return current
 
 
-def _refitted(
-    term: Term,
-    choice: Choice,
-    leaves: Mapping[str, Any],
-    original: Mapping[str, Any],
-    mask: np.ndarray,
+def _from_first_stale(taps: Sequence[Tap], turn: Mapping[Site, int]) -> Sequence[Tap]:
+    """The taps, in order of execution, from the first refitted before one ahead of it."""
+    latest = -1
+    for number, tap in enumerate(taps):
+        if turn[tap.site] < latest:
+            return taps[number:]
+        latest = max(latest, turn[tap.site])
+    return ()
+
+
+def _relay(
+    graph: ChannelGraph,
+    original: Any,
+    calibration: Calibration,
+    taps: Sequence[Tap],
+    turn: Mapping[Site, int],
     refitting: Refitting,
-    residuals: dict[str, float],
-) -> dict[str, Any]:
-    """New leaves of one consumer: kernel and intercept."""
-    refit = refitting.how
-    if refit == "none" and choice.fold is None:
-        return {}
-    tap, keep = term.tap, term.tap.row_keep(mask)
-    place = tap.intercept
-    kernel, shift = folded(term, choice)
-    # Folding moves the intercept as it is. Targets are without the original's, so
-    # what is fitted to them starts from that: a kernel that reads several groups is
-    # refitted once for each.
-    start = leaves if refit == "none" else original
-    changed: dict[str, Any] = {tap.path: tap.unmatrix(kernel, leaves[tap.path])}
-    if refit == "lstsq":
-        solved = solve_refit(
-            term.moments,
-            keep,
-            kernel=kernel,
-            ridge=refitting.ridge,
-            intercept=place is not None,
-        )
-        changed[tap.path] = tap.unmatrix(solved.kernel, leaves[tap.path])
-        residuals[tap.name] = float(np.mean(solved.residual))
-        shift = solved.intercept
-    elif refit == "bias":
-        cov = covariances(term.moments)
-        shift = cov.mean_y - cov.mean_x @ (kernel * keep[:, None])
-    if place is not None:
-        changed[place] = tap.shifted(shift, leaves[place], start[place])
-    return changed
-
-
-def folded(term: Term, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
-    """W (R, N) with removed twins' rows moved to their survivors', and the shift (N,).
-
-        W_i += alpha W_j,   shift += gamma sum_window W_j    for a_j ~ alpha a_i + gamma
-
-    The rows of a channel are in the same order (window positions) for every channel.
-    """
-    kernel, shift = term.kernel, np.zeros(term.kernel.shape[1])
-    if choice.redundancy is None or choice.fold is None:
-        return kernel, shift
-    kernel = kernel.copy()
-    pairs = zip(*choice.redundancy[:2], *choice.fold[:2], strict=True)
-    for removed, survivor, alpha, gamma in pairs:
-        rows = term.row_channel == removed
-        kernel[term.row_channel == survivor] += alpha * term.kernel[rows]
-        shift += gamma * term.kernel[rows].sum(0)
-    return kernel, shift
+) -> Relay:
+    """A relay whose targets make up for other branches, if that is wanted."""
+    sequential = refitting.passes == "sequential"
+    shortcuts = {}
+    if sequential and refitting.compensate and refitting.how == "lstsq":
+        shortcuts = find_shortcuts(graph, taps, turn)
+    return Relay(
+        graph,
+        original,
+        calibration,
+        positions=refitting.positions,
+        shortcuts=shortcuts,
+    )

@@ -18,7 +18,12 @@ from jax import lax
 from jaxprune.criteria import redundancy as numbers
 from jaxprune.criteria.redundancy import Redundancy
 from jaxprune.errors import ConfigError
-from jaxprune.methods.reconstruct import Choice, Observe
+from jaxprune.methods.reconstruct import (
+    Observe,
+)
+from jaxprune.methods.refitting import (
+    Choice,
+)
 from jaxprune.stats import activations as stats_lib
 from jaxprune.stats.activations import ActivationStats, Comoments
 

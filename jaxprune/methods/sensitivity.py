@@ -19,9 +19,11 @@ from jaxprune import trees
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.reconstruct import (
-    Choice,
     Chooser,
     Progress,
+)
+from jaxprune.methods.refitting import (
+    Choice,
     Refitting,
     group_taps,
     measured_terms,

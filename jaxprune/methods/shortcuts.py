@@ -21,7 +21,6 @@ from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import CASTS
 from jaxprune.methods.taps import Tap
-from jaxprune.records import Group
 
 # Outputs whose gain is below this share of the largest are left as they are: no weight
 # of theirs reaches the sum.
@@ -43,17 +42,17 @@ class Shortcut:
 
 
 def find_shortcuts(
-    graph: ChannelGraph, taps: Sequence[Tap], groups: Sequence[Group]
+    graph: ChannelGraph, taps: Sequence[Tap], turn: Mapping[Site, int]
 ) -> dict[Site, Shortcut]:
     """{tap's site: the sum that its refit compensates}.
 
-    Where both summands come straight from taps, the one whose group is pruned later
-    compensates; groups pruned together leave the sum alone.
+    Where both summands come straight from taps, the one that is refitted later
+    compensates; those that are refitted together leave the sum alone.
+
+    Args:
+      turn: when a tap is (last) refitted; it may lack those that never are.
     """
-    turn: dict[Site, int] = {}
-    for tap in taps:
-        turn[tap.site] = max(turn.get(tap.site, -1), _turn(tap, groups))
-    found = {site: _follow(graph, site) for site in turn}
+    found = {site: _follow(graph, site) for site in {tap.site for tap in taps}}
     sums = {site: shortcut for site, shortcut in found.items() if shortcut is not None}
     meeting: dict[Site, list[Site]] = {}
     for site, shortcut in sums.items():
@@ -61,14 +60,11 @@ def find_shortcuts(
     return {
         site: shortcut
         for site, shortcut in sums.items()
-        if all(turn[site] > turn[s] for s in meeting[shortcut.site] if s != site)
+        if site in turn
+        and all(
+            turn[site] > turn.get(s, -1) for s in meeting[shortcut.site] if s != site
+        )
     }
-
-
-def _turn(tap: Tap, groups: Sequence[Group]) -> int:
-    """The number of the last group that refits the tap, -1 for none."""
-    reads = [k for k, g in enumerate(groups) if (tap.row_channels(g) >= 0).any()]
-    return max(reads, default=-1)
 
 
 def _follow(graph: ChannelGraph, tap: Site) -> Shortcut | None:
