@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
+from jaxprune.frameworks.linen_carries import carries_follow
 
 Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]
@@ -58,7 +59,10 @@ class Resized(nn.Module):
             adopt(context.module, table)
             return next_fun(*args, **kwargs)
 
-        with nn.intercept_methods(follow):
+        def follow_carry(cell: nn.Module) -> None:
+            _set(cell, _sizes(cell, None, table))
+
+        with nn.intercept_methods(follow), carries_follow(follow_carry):
             return self.jaxprune_module(*args, **kwargs)
 
 

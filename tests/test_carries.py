@@ -1,0 +1,95 @@
+"""Recurrent cells that are called without nn.RNN, and make their first carry."""
+
+import concurrent.futures
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import randomise
+
+import jaxprune as jp
+from jaxprune.frameworks.linen_carries import CELLS
+
+
+class Looped(nn.Module):
+    """A cell called step by step."""
+
+    cell: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        cell = self.cell(10)
+        carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
+        for step in range(x.shape[1]):
+            carry, y = cell(carry, x[:, step])
+        return nn.Dense(3)(y)
+
+
+class Scanned(nn.Module):
+    """A cell lifted by nn.scan, which shares its arrays between the steps."""
+
+    cell: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        lifted = nn.scan(
+            self.cell, variable_broadcast="params", split_rngs={"params": False},
+            in_axes=1, out_axes=1,
+        )  # fmt: skip
+        cell = lifted(10, name="cell")
+        carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
+        return nn.Dense(3)(cell(carry, nn.Dense(7)(x))[1])
+
+
+class Convolved(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        cell = nn.ConvLSTMCell(6, (3, 3))
+        carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
+        for step in range(x.shape[1]):
+            carry, y = cell(carry, x[:, step])
+        return nn.Dense(3)(y.mean((1, 2)))
+
+
+DENSE = [cell for cell in CELLS if cell is not nn.ConvLSTMCell]
+MODELS = [
+    *((f"looped {cell.__name__}", Looped(cell), (2, 4, 5)) for cell in DENSE),
+    *((f"scanned {cell.__name__}", Scanned(cell), (2, 4, 5)) for cell in DENSE),
+    ("convolved", Convolved(), (2, 3, 5, 5, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [m[1:] for m in MODELS], ids=[m[0] for m in MODELS]
+)
+def test_the_carry_follows_the_cell(model, shape):
+    own = [cell.initialize_carry for cell in CELLS]
+    x = jax.random.normal(jax.random.key(1), shape)
+    variables = randomise(model.init(jax.random.key(0), x))
+    graph = jp.trace(model, variables, x)
+    plan = graph.complete({g.name: np.arange(1, g.size, 2) for g in graph.groups})
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, plan, x) < 1e-5
+    shapes = jax.eval_shape(slim.model.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, slim.variables) == jax.tree.map(
+        lambda leaf: leaf.shape, shapes
+    )
+    assert [cell.initialize_carry for cell in CELLS] == own
+
+
+def test_models_in_several_threads_keep_their_widths():
+    x = jnp.ones((2, 4, 5))
+    model = Looped(nn.GRUCell)
+    variables = model.init(jax.random.key(0), x)
+    graph = jp.trace(model, variables, x)
+    (group,) = graph.groups
+    slims = [jp.shrink(graph, {group.name: np.arange(k)}) for k in (3, 5, 8)]
+    models = [*slims, jp.Slim(model, variables, None, {})]
+    expected = [m.model.apply(m.variables, x) for m in models]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda m: m.model.apply(m.variables, x), 5 * models))
+    for y, wanted in zip(found, 5 * expected, strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=1e-6)
