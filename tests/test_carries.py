@@ -87,9 +87,9 @@ def test_models_in_several_threads_keep_their_widths():
     graph = jp.trace(model, variables, x)
     (group,) = graph.groups
     slims = [jp.shrink(graph, {group.name: np.arange(k)}) for k in (3, 5, 8)]
-    models = [*slims, jp.Slim(model, variables, None, {})]
-    expected = [m.model.apply(m.variables, x) for m in models]
+    models = [(model, variables), *((slim.model, slim.variables) for slim in slims)]
+    expected = [m.apply(v, x) for m, v in models]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda m: m.model.apply(m.variables, x), 5 * models))
+        found = list(pool.map(lambda m: m[0].apply(m[1], x), 5 * models))
     for y, wanted in zip(found, 5 * expected, strict=True):
         np.testing.assert_allclose(y, wanted, rtol=1e-6)

@@ -16,13 +16,13 @@ from typing import Any
 
 import flax.linen as nn
 
-CELLS = (
+CELLS: tuple[type[Any], ...] = (
     nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell, nn.SimpleCell,
     nn.ConvLSTMCell,
 )  # fmt: skip
 _LOCK = threading.Lock()
 _running = 0
-_own: dict[type[nn.Module], Callable[..., Any]] = {}
+_own: dict[type[Any], Callable[..., Any]] = {}
 _resize: contextvars.ContextVar[Callable[[nn.Module], None] | None]
 _resize = contextvars.ContextVar("resize", default=None)
 
