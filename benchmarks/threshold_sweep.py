@@ -65,15 +65,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True, sharex=True)
     for axis, name in zip(axes, names, strict=True):
         rows = [row for row in result["rows"] if row["preset"] == name]
-        for similarity in sorted({row["similarity_threshold"] for row in rows}):
+        similarities = sorted({row["similarity_threshold"] for row in rows})
+        for place, similarity in enumerate(similarities):
             line = [r for r in rows if r["similarity_threshold"] == similarity]
             line.sort(key=lambda row: row["entropy_threshold"])
             macs = [100 * row["macs"] for row in line]
             accuracy = [row["accuracy"] for row in line]
-            axis.plot(macs, accuracy, marker="o", label=f"similarity {similarity}")
+            (drawn,) = axis.plot(
+                macs, accuracy, marker="o", label=f"similarity {similarity}"
+            )
             for x, y, row in zip(macs, accuracy, line, strict=True):
                 text = f"{row['entropy_threshold']:g}"
-                axis.annotate(text, (x, y), (3, 3), textcoords="offset points")
+                axis.annotate(
+                    text, (x, y), (2, 5 - 11 * place), textcoords="offset points",
+                    color=drawn.get_color(), fontsize=8,
+                )  # fmt: skip
         axis.axhline(result["base"], color="grey", linewidth=0.8)
         axis.set_title(f"{name}; numbers: entropy threshold")
         axis.set_xlabel("MACs left, %")
@@ -94,9 +100,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--data_dir")
     parser.add_argument("--examples", type=int, default=2000)
-    parser.add_argument("--seed_entropies", default="0.3,1.2,1.5,1.7")
-    parser.add_argument("--entropies", default="0.3,0.9,1.2,1.4")
-    parser.add_argument("--similarities", default="0.9,0.7,0.5")
+    parser.add_argument("--seed_entropies", default="0.3,1.2,1.5,1.65")
+    parser.add_argument("--entropies", default="0.3,1.4,1.55,1.7,1.8")
+    parser.add_argument("--similarities", default="0.8,0.6")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     dataset = load(args.data, data_dir=args.data_dir, validation=0.05, seed=0)
