@@ -20,6 +20,7 @@ class Residual(nn.Module):
 
     blocks: int = 1
     head: bool = True
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x):
@@ -28,7 +29,7 @@ class Residual(nn.Module):
             inner = nn.relu(nn.Conv(8, (3, 3), name=f"inner{k}")(x))
             inner = nn.Conv(6, (3, 3), use_bias=False, name=f"outer{k}")(inner)
             inner = nn.BatchNorm(use_running_average=True, name=f"norm{k}")(inner)
-            x = x + inner
+            x = x + self.scale * inner
         return nn.Dense(3, name="head")(x.mean((1, 2))) if self.head else x
 
 
@@ -54,8 +55,9 @@ def _branches(model, variables, x):
     return layers["stem"]["__call__"][0], layers["outer0"]["__call__"][0]
 
 
-def test_the_target_is_what_the_sum_is_short_of():
-    model, variables, batches, graph = _residual()
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_target_is_what_the_sum_is_short_of(scale):
+    model, variables, batches, graph = _residual(scale=scale)
     taps = find_taps(graph)
     shortcuts = find_shortcuts(graph, taps, _turn(graph, taps))
     (outer,) = [tap for tap in taps if "outer" in tap.path]
@@ -65,7 +67,7 @@ def test_the_target_is_what_the_sum_is_short_of():
     kernel = variables["params"]["stem"]["kernel"]
     moved["params"]["stem"]["kernel"] = kernel.at[..., 2].mul(-0.5)
     norm, stats = variables["params"]["norm0"], variables["batch_stats"]["norm0"]
-    gain = norm["scale"] / jnp.sqrt(stats["var"] + 1e-5)
+    gain = scale * norm["scale"] / jnp.sqrt(stats["var"] + 1e-5)
     x = np.concatenate([x for x, _ in batches])
     stem, target = _branches(model, variables, x)
     wanted = target + (stem - _branches(model, moved, x)[0]) / gain

@@ -128,8 +128,8 @@ def compensated(
     """
     gain = jnp.ones((), jnp.float32)
     for factor, divides in gains:
-        factor = factor.astype(jnp.float32)
-        gain = gain / factor if divides else gain * factor
+        by = jnp.asarray(factor, jnp.float32)
+        gain = gain / by if divides else gain * by
     reaches = jnp.abs(gain) > SMALLEST_GAIN * jnp.abs(gain).max()
     missing = lost.astype(jnp.float32) / jnp.where(reaches, gain, 1)
     return target + jnp.where(reaches, missing, 0).astype(target.dtype)
