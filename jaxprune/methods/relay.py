@@ -23,7 +23,7 @@ from jaxprune.graph.flat import State, flatten
 from jaxprune.methods.activations import Place, channels_last
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.shortcuts import Shortcut, captured_sites, from_operands
-from jaxprune.methods.taps import Tap, by_kernel, rows_and_targets
+from jaxprune.methods.taps import Tap, rows_and_targets
 from jaxprune.stats import moments as moments_lib
 from jaxprune.stats.moments import Moments
 
@@ -99,19 +99,21 @@ class Relay:
         Kernels used at several places gather all their uses. Without `second` only
         the means are taken.
         """
-        groups = by_kernel(taps)
-        if not groups:
+        if not taps:
             return {}
-        sums = {
-            path: moments_lib.zeros(uses[0].rows, uses[0].outputs, second=second)
-            for path, uses in groups.items()
-        }
-        step = jax.jit(self._step(taps), donate_argnums=0)
+        uses = list(
+            {tap.site: tap for tap in taps}.values()
+        )  # blocks are measured together
+        sums = {tap.path: _zeros(tap, second) for tap in uses}
+        step = jax.jit(self._step(uses), donate_argnums=0)
         leaves, key = jax.tree.leaves(current), jax.random.key(seed)
         for number, (states, weight) in enumerate(self._batches()):
             batch_key = jax.random.fold_in(key, number)
             sums = step(sums, self._original, leaves, states, weight, batch_key)
-        return sums
+        blocks = {t.path: jax.device_get(sums[t.path]) for t in uses if t.parts > 1}
+        return {
+            tap.name: _block(blocks.get(tap.path, sums[tap.path]), tap) for tap in taps
+        }
 
     def observe(
         self,
@@ -190,15 +192,32 @@ class Relay:
                     self._positions,
                 )
                 weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)
-                result[tap.name] = moments_lib.update(
-                    result[tap.name],
-                    x.reshape(-1, tap.rows),
-                    y.reshape(-1, tap.outputs),
-                    weights,
-                )
+                x = x.reshape(-1, tap.parts, tap.rows)
+                y = y.reshape(-1, tap.parts, tap.outputs)
+                known = result[tap.path]
+                if tap.parts == 1:
+                    new = moments_lib.update(known, x[:, 0], y[:, 0], weights)
+                else:
+                    every = jax.vmap(moments_lib.update, (0, 1, 1, None))
+                    new = every(known, x, y, weights)
+                result[tap.path] = new
             return result
 
         return step
+
+
+def _zeros(tap: Tap, second: bool) -> Moments:
+    """Of no sample; with a leading axis if the kernel has several blocks."""
+    zeros = moments_lib.zeros(tap.rows, tap.outputs, second=second)
+    if tap.parts == 1:
+        return zeros
+    return jax.tree.map(lambda a: jnp.zeros((tap.parts, *a.shape), a.dtype), zeros)
+
+
+def _block(moments: Moments, tap: Tap) -> Moments:
+    if tap.parts == 1:
+        return moments
+    return jax.tree.map(lambda a: a[tap.part], moments)
 
 
 def _bytes(tree: Any) -> int:

@@ -272,7 +272,9 @@ def rows_and_targets(
     key: jax.Array,
     positions: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """X (B, P, R) and Y (B, P, N) at sampled positions of every example.
+    """X (B, P, parts, R) and Y (B, P, parts, N) at sampled positions of every example.
+
+    Of all blocks of the tap's kernel, one for most.
 
     Args:
       image: the operand that the kernel reads, in the current network.
@@ -289,8 +291,8 @@ def rows_and_targets(
     if tap.image == 1:  # the kernel's axes come first in the result
         made = target.ndim - len(free)
         target = jnp.moveaxis(target, range(made), range(-made, 0))
-    x = x.reshape(lead[0], -1, tap.rows)
-    y = target.reshape(lead[0], -1, tap.outputs)
+    x = x.reshape(lead[0], -1, 1, tap.rows)
+    y = target.reshape(lead[0], -1, 1, tap.outputs)
     chosen = patches.sample_positions(key, x.shape[1:2], positions)[:, 0]
     return x[:, chosen], y[:, chosen]
 
@@ -302,9 +304,6 @@ def _conv_rows(tap: Tap, eqn, image, target, key, positions):
     image = jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1]))
     target = jnp.transpose(target, (out[0], *out[2:], out[1]))
     rhs = eqn.invars[1].aval.shape
-    inputs = image.shape[-1] // tap.parts
-    image = image[..., tap.part * inputs : (tap.part + 1) * inputs]
-    target = target[..., tap.columns]
     chosen = patches.sample_positions(key, target.shape[1:-1], positions)
     x = patches.gather_patches(
         image,
@@ -316,8 +315,15 @@ def _conv_rows(tap: Tap, eqn, image, target, key, positions):
         lhs_dilation=params["lhs_dilation"],
     )
     y = patches.gather_positions(target, chosen)
+    # The channels of a patch are its last axis: block after block.
+    inputs = image.shape[-1] // tap.parts
+    x = x.reshape(*x.shape[:-1], -1, tap.parts, inputs)
+    x = jnp.moveaxis(x, -2, -3)
     batch = image.shape[0]
-    return x.reshape(batch, -1, x.shape[-1]), y.reshape(batch, -1, y.shape[-1])
+    return (
+        x.reshape(batch, -1, tap.parts, tap.rows),
+        y.reshape(batch, -1, tap.parts, tap.outputs),
+    )
 
 
 def by_kernel(taps: Sequence[Tap]) -> Mapping[str, tuple[Tap, ...]]:
