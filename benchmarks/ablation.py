@@ -33,10 +33,10 @@ ROWS = {
     "L1": "l1",
     "Taylor": "taylor",
     "LASSO (He)": "lasso" + UNIFORM,
-    "LASSO + loss": "cpli:feature_importance=False" + UNIFORM,
-    "LASSO + importance": "cpli:mu=0" + UNIFORM,
-    "LASSO + both (CPLI)": "cpli" + UNIFORM,
-    "elimination + both": "cpli:selection=elimination" + UNIFORM,
+    "LASSO + loss": "cpli:selection=lasso:feature_importance=False" + UNIFORM,
+    "LASSO + importance": "cpli:selection=lasso:mu=0" + UNIFORM,
+    "LASSO + both (CPLI)": "cpli:selection=lasso" + UNIFORM,
+    "elimination + both": "cpli" + UNIFORM,
 }
 BARE = ":refit=none"
 

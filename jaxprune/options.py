@@ -71,7 +71,7 @@ class Pruning:
       strategy: of criteria, "uniform", "global" or "isomorphic".
       allocation: widths of the methods that go layer by layer, "sensitivity" or
         "uniform".
-      selection: of cpli, "lasso" or "elimination".
+      selection: of cpli, "elimination" or, as published, "lasso".
       mu: weight of the classification loss in cpli.
       feature_importance: weigh features by what the next layer needs, in cpli.
       refit: "none", "bias" or "lstsq".

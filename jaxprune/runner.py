@@ -91,7 +91,7 @@ def parse_options(method: str, options: Mapping[str, Any]) -> Options:
             f"{', '.join(sorted(taken | set(SELECTION)))}"
         )
     if method == "lasso":
-        given |= {"mu": 0.0, "feature_importance": False}
+        given |= {"selection": "lasso", "mu": 0.0, "feature_importance": False}
     return Options(
         Objective(**_of(Objective, given)),
         Rules(**_of(Rules, given)),

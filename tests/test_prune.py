@@ -16,7 +16,11 @@ from jaxprune.methods.sensitivity import divergence
     ("name", "method", "options"),
     [
         ("vgg_small", "cpli", {}),
-        ("vgg_small", "cpli", {"passes": "single", "round_to": 4}),
+        (
+            "vgg_small",
+            "cpli",
+            {"passes": "single", "round_to": 4, "selection": "lasso"},
+        ),
         ("vgg_small", "lasso", {"allocation": "uniform"}),
         ("vgg_small", "taylor", {"strategy": "global", "refit": "lstsq"}),
         ("vgg_small", "chip", {"refit": "none"}),
@@ -91,6 +95,8 @@ def test_wrong_calls_say_what_to_do():
         jp.prune(model, variables, batches, method="clpi", macs=0.5)
     with pytest.raises(ConfigError, match="no option 'moo'; it takes"):
         jp.prune(model, variables, batches, macs=0.5, moo=1)
+    with pytest.raises(ConfigError, match="set selection='lasso' too"):
+        jp.prune(model, variables, batches, macs=0.5, nonnegative=False)
     with pytest.raises(BudgetError, match="no budget"):
         jp.prune(model, variables, batches)
     with pytest.raises(BudgetError, match="expected one budget"):
