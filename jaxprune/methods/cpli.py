@@ -63,7 +63,8 @@ class Objective:
       selection: "lasso", the paper's, which weighs channels with W as it is, or
         "elimination" (`jaxprune.solver.elimination`), which weighs them by what is
         lost once the others are refitted, with the same two terms. The default keeps
-        0.3 to 1.7 points more on CIFAR-10 networks, every seed (BENCHMARKS.md).
+        0.3 to 1.8 points more on CIFAR-10 networks, means of three seeds
+        (BENCHMARKS.md).
       mu: weight of the classification loss; 0 needs no labels.
       feature_importance: weigh what the next stage keeps (s_j).
       loss_term: "example" for the mean |dL/db|, "batch" for |mean dL/db|.
