@@ -8,6 +8,7 @@ from zoo import make, random_batches
 
 import jaxprune as jp
 from jaxprune.errors import BudgetError, ConfigError, DataError, ScoreError
+from jaxprune.methods import cpli
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.sensitivity import divergence
 
@@ -131,3 +132,21 @@ def test_fine_tuning_between_layers_composes_plans():
     np.testing.assert_allclose(
         slim.model.apply(slim.variables, x), once.model.apply(once.variables, x), 1e-4
     )
+
+
+def test_groups_with_a_wide_consumer_take_lasso(monkeypatch):
+    """Elimination would invert a matrix of as many rows as the consumer has."""
+    model, variables, x = make("mlp")
+    batches = random_batches(x.shape[1:])
+
+    def plan(**options):
+        slim = jp.prune(
+            model, variables, batches, keep=0.5, allocation="uniform", verify=False,
+            **options,
+        )  # fmt: skip
+        return slim.plan.to_json()
+
+    eliminated, lasso = plan(), plan(selection="lasso")
+    assert eliminated != lasso
+    monkeypatch.setattr(cpli, "WIDEST", 8)
+    assert plan() == lasso
