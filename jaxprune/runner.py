@@ -16,8 +16,8 @@ from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.cpli import Objective, cpli
 from jaxprune.methods.cpli import chooser as cpli_chooser
-from jaxprune.methods.importance_redundancy import SEED_BUDGET, importance_redundancy
 from jaxprune.methods.importance_redundancy import chooser as redundancy_chooser
+from jaxprune.methods.importance_redundancy import importance_redundancy
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.ranking import follow_plan
 from jaxprune.methods.reconstruct import (
@@ -40,6 +40,11 @@ SELECTION = (
     "strategy", "normalize", "allocation", "round_to", "min_keep", "min_ratio",
     "overrides",
 )  # fmt: skip
+
+SEED_BUDGET = (
+    "preset='seed' prunes by its two thresholds: leave out macs, params, bytes, keep "
+    "and latency_ms"
+)
 
 
 class Options(NamedTuple):

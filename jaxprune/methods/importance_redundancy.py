@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from jaxprune.criteria import redundancy as numbers
-from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.activations import find_places, stream
 from jaxprune.methods.cpli import top
@@ -49,10 +48,6 @@ from jaxprune.methods.taps import find_taps
 from jaxprune.records import Group
 
 EXAMPLES = 10_000
-SEED_BUDGET = (
-    "preset='seed' prunes by its two thresholds: leave out macs, params, bytes, keep "
-    "and latency_ms"
-)
 
 
 def importance_redundancy(
@@ -74,7 +69,8 @@ def importance_redundancy(
 
     Args:
       graph: traced with inputs of the calibration's batch shape.
-      counts: channels to keep, by group; None to follow the thresholds alone.
+      counts: channels to keep, by group; None to follow the thresholds alone, as the
+        preset does.
       fallback: scores (C,) for groups without activations of their own; used with
         counts only, without they are kept whole.
       order: names of all convolution groups of the whole network in order, from
@@ -83,13 +79,8 @@ def importance_redundancy(
         gradients.
       rules: what is important, and which channels are twins.
       refitting: as for `reconstruct`; by default "none" with the preset.
-
-    Raises:
-      ConfigError: the preset with counts.
     """
     script = rules.preset == "seed"
-    if script and counts is not None:
-        raise ConfigError(SEED_BUDGET)
     if script and refitting.refit is None:
         refitting = replace(refitting, refit="none")
     shared = rules.bins == "shared"

@@ -101,9 +101,8 @@ class Relay:
         """
         if not taps:
             return {}
-        uses = list(
-            {tap.site: tap for tap in taps}.values()
-        )  # blocks are measured together
+        # The blocks of a kernel are measured together.
+        uses = list({tap.site: tap for tap in taps}.values())
         sums = {tap.path: _zeros(tap, second) for tap in uses}
         step = jax.jit(self._step(uses), donate_argnums=0)
         leaves, key = jax.tree.leaves(current), jax.random.key(seed)

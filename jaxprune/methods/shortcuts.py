@@ -10,7 +10,7 @@ where gain is the scale, if any, between the layer and the sum (a BatchNorm's).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.graph import ChannelGraph, Site
-from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import CASTS
-from jaxprune.methods.taps import Tap
+from jaxprune.methods.taps import Tap, sole_users
 
 # Outputs whose gain is below this share of the largest are left as they are: no weight
 # of theirs reaches the sum.
@@ -70,7 +69,7 @@ def find_shortcuts(
 def _follow(graph: ChannelGraph, tap: Site) -> Shortcut | None:
     """Through shifts and scales by arrays of the variables, up to the sum."""
     scales: list[tuple[Site, int, bool]] = []
-    for site, mine in _users(graph, tap):
+    for site, mine in sole_users(graph, tap):
         record = graph.records[site]
         name = record.name
         if name in CASTS:
@@ -87,33 +86,6 @@ def _follow(graph: ChannelGraph, tap: Site) -> Shortcut | None:
         ):
             return None
     return None
-
-
-def _users(graph: ChannelGraph, site: Site) -> Iterator[tuple[Site, int]]:
-    """The only user of each result in turn, with the operand it is; ends at a fork."""
-    jaxpr = graph.closed.jaxpr
-    for number in site[:-1]:
-        inner = sub_jaxprs(jaxpr.eqns[number])
-        if len(inner) != 1:
-            return
-        jaxpr = inner[0].jaxpr
-    number = site[-1]
-    while True:
-        var = jaxpr.eqns[number].outvars[0]
-        users = [
-            k
-            for k in range(number + 1, len(jaxpr.eqns))
-            if any(atom is var for atom in jaxpr.eqns[k].invars)
-        ]
-        returned = any(atom is var for atom in jaxpr.outvars)
-        same = len(users) == 1 and not returned
-        if not same or (*site[:-1], users[0]) not in graph.records:
-            return
-        number = users[0]
-        yield (
-            (*site[:-1], number),
-            next(k for k, a in enumerate(jaxpr.eqns[number].invars) if a is var),
-        )
 
 
 def compensated(

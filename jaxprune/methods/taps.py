@@ -12,7 +12,7 @@ grouped convolution is several taps, one for each of its blocks of inputs and ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -228,37 +228,47 @@ def find_intercept(graph: ChannelGraph, site: Site) -> tuple[str | None, int]:
 
     A bias, or the running mean of a BatchNorm: both can take a constant shift.
     """
+    for place, mine in sole_users(graph, site):
+        record = graph.records[place]
+        if record.name in CASTS:
+            continue
+        if record.name in ("add", "add_any"):
+            return record.inputs[1 - mine].source, 1
+        if record.name == "sub" and mine == 0:
+            return record.inputs[1].source, -1
+        break
+    return None, 1
+
+
+def sole_users(graph: ChannelGraph, site: Site) -> Iterator[tuple[Site, int]]:
+    """The only user of a result, the only user of that one's, and so on.
+
+    Yields (site, which operand of it the result is); ends where a result is read twice,
+    returned, or not read.
+    """
     jaxpr = graph.closed.jaxpr
     for number in site[:-1]:
         inner = sub_jaxprs(jaxpr.eqns[number])
         if len(inner) != 1:
-            return None, 1
+            return
         jaxpr = inner[0].jaxpr
-    var = jaxpr.eqns[site[-1]].outvars[0]
     number = site[-1]
     while True:
-        users = [
-            (k, eqn)
-            for k, eqn in enumerate(jaxpr.eqns)
-            if k > number and any(atom is var for atom in eqn.invars)
+        var = jaxpr.eqns[number].outvars[0]
+        uses = [
+            (k, place)
+            for k in range(number + 1, len(jaxpr.eqns))
+            for place, atom in enumerate(jaxpr.eqns[k].invars)
+            if atom is var
         ]
-        if len(users) != 1:
-            return None, 1
-        number, eqn = users[0]
-        if eqn.primitive.name in CASTS:
-            var = eqn.outvars[0]
-            continue
-        return _added(graph.records[(*site[:-1], number)], eqn, var)
-
-
-def _added(record: Record, eqn: jex.JaxprEqn, var: Any) -> tuple[str | None, int]:
-    if record.name not in ("add", "add_any", "sub"):
-        return None, 1
-    mine = next(k for k, atom in enumerate(eqn.invars) if atom is var)
-    other = record.inputs[1 - mine]
-    if record.name == "sub" and mine == 1:
-        return None, 1
-    return other.source, -1 if record.name == "sub" else 1
+        returned = any(atom is var for atom in jaxpr.outvars)
+        if len(uses) != 1 or returned:
+            return
+        ((number, place),) = uses
+        here = (*site[:-1], number)
+        if here not in graph.records:
+            return
+        yield here, place
 
 
 # Rows and targets -------------------------------------------------------------
