@@ -260,6 +260,42 @@ def test_every_layer_follows_its_arrays(name):
     assert jp.verify(graph, plan, x) < 1e-5
 
 
+class _Remat(nnx.Module):
+    """A layer whose call is remembered by its input alone."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return nnx.remat(lambda layer, x: layer(x))(self.layer, x)
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, _Remat])
+@pytest.mark.parametrize(
+    "sizes", [{"num_groups": 4}, {"num_groups": None, "group_size": 2}]
+)
+def test_groups_of_a_norm_without_arrays_follow(wrap, sizes, tmp_path):
+    rngs = nnx.Rngs(0)
+    norm = nnx.GroupNorm(8, **sizes, use_bias=False, use_scale=False, rngs=rngs)
+    model = _moved(_Between(_Layer(wrap(norm), 8), rngs=rngs))
+    x = jax.random.normal(jax.random.key(1), IMAGE)
+    graph = jp.trace(model, x)
+    assert {g.name: g.size for g in graph.groups} == {"before": 4, "before.1": 2}
+    for plan in (
+        {"before": [1, 3]},
+        {"before.1": [0]},
+        {"before": [2], "before.1": [1]},
+    ):
+        slim = jp.shrink(graph, plan)
+        assert slim.report["left_whole"] == {}
+        assert jp.verify(graph, plan, x) < 1e-5
+        left = {g.name: g.size for g in jp.trace(slim.model, x).groups}
+        assert left.get("before", 1) == len(plan.get("before", range(4)))
+    jp.save(tmp_path / "slim", slim)
+    loaded = jp.load(tmp_path / "slim", model)
+    np.testing.assert_array_equal(loaded.model(x), slim.model(x))
+
+
 def _net():
     model = _moved(_Net(nnx.Rngs(0)))
     return model, jax.random.normal(jax.random.key(2), (4, 5, 5, 3))

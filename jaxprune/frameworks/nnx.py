@@ -14,7 +14,12 @@ from flax import nnx
 from jaxprune import trees
 from jaxprune.errors import GraphError
 from jaxprune.frameworks.flags import call_flags
-from jaxprune.frameworks.nnx_resize import Settings, group_settings, resize
+from jaxprune.frameworks.nnx_resize import (
+    Settings,
+    group_settings,
+    name_groups,
+    resize,
+)
 
 Path = tuple[Any, ...]
 
@@ -83,10 +88,7 @@ class NnxHandle:
 
     def __call__(self, variables: Any, *inputs: Any) -> Any:
         """Outputs of the inference call of a copy that holds the variables."""
-        model: Any = self._merge(self.evaluation, trees.flatten(variables))
-        if self.apply is not None:
-            return self.apply(model, *inputs)
-        return model(*inputs, **call_flags(type(model)))
+        return self._call(self._copy(variables), *inputs)
 
     def is_parameter(self, path: str) -> bool:
         """True for nnx.Param and its subclasses; not for statistics and buffers."""
@@ -98,9 +100,18 @@ class NnxHandle:
         return path
 
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
-        """As the call; an object holds what shapes do not tell."""
-        del notes
-        return self(variables, *inputs)
+        """As the call, noting the groups of each GroupNorm that holds no array."""
+        model = self._copy(variables)
+        notes.update(name_groups(model))
+        return self._call(model, *inputs)
+
+    def _copy(self, variables: Any) -> nnx.Module:
+        return self._merge(self.evaluation, trees.flatten(variables))
+
+    def _call(self, model: Any, *inputs: Any) -> Any:
+        if self.apply is not None:
+            return self.apply(model, *inputs)
+        return model(*inputs, **call_flags(type(model)))
 
     def settings(
         self, notes: Any, masks: Mapping[tuple[str, int], np.ndarray]

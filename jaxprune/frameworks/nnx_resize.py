@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 Settings = tuple[tuple[str, str, int], ...]
 Sizes = dict[str, Any]
+Counted = Mapping[str, int]
 
 
 def resize(model: nnx.Module, settings: Sequence[Sequence[Any]] = ()) -> None:
@@ -26,23 +28,57 @@ def resize(model: nnx.Module, settings: Sequence[Sequence[Any]] = ()) -> None:
       model: an object of ours, not the user's.
       settings: as `group_settings` returns them.
     """
-    counts = {(path, name): value for path, name, value in settings}
+    counts: dict[str, dict[str, int]] = {}
+    for path, name, value in settings:
+        counts.setdefault(path, {})[name] = value
     for path, module in nnx.iter_modules(model):
         place = "/".join(map(str, path))
-        groups = counts.get((place, "groups"))
+        counted = counts.get(place, {})
         for kind, rule in _RULES:
             if isinstance(module, kind):
-                for name, value in rule(module, groups).items():
+                for name, value in rule(module, counted).items():
                     setattr(module, name, value)
         follow = getattr(module, "follow_arrays", None)
         if callable(follow):
             follow()
 
 
+class _Named(nnx.GroupNorm):
+    """A GroupNorm that shows its path as the scope of what it computes."""
+
+    named_path: str
+
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(self.named_path):
+            return super().__call__(x, **kwargs)
+
+
+def name_groups(model: nnx.Module) -> dict[str, int]:
+    """Makes every GroupNorm without arrays show its path in the traced program.
+
+    Args:
+      model: an object of ours, not the user's.
+
+    Returns:
+      The number of groups of each by path.
+    """
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        bare = type(module) is nnx.GroupNorm and module.scale is module.bias is None
+        if bare:
+            place = "/".join(map(str, path))
+            found[place] = module.num_groups
+            module.named_path = place
+            module.__class__ = _Named
+    return found
+
+
 def group_settings(
     model: nnx.Module, masks: Mapping[tuple[str, int], np.ndarray]
 ) -> Settings:
-    """(path of a layer, "groups", feature groups left): shapes do not tell."""
+    """Feature groups left, and for a GroupNorm their size, by the path of a layer:
+    shapes do not tell, or there is no array; (path, -1) is the mask of one without.
+    """
     found = []
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.GroupNorm):
@@ -59,11 +95,13 @@ def group_settings(
                 for (leaf, axis), m in masks.items()
                 if _last(module, leaf, axis, leaves)
             ),
-            None,
+            masks.get((place, -1)),
         )
         if mask is not None:
             left = int(mask.reshape(count, -1).any(1).sum())
             found.append((place, "groups", left))
+            if isinstance(module, nnx.GroupNorm):
+                found.append((place, "group_size", int(mask.sum()) // left))
     return tuple(found)
 
 
@@ -74,11 +112,11 @@ def _last(module: Any, leaf: str, axis: int, leaves: Sequence[str]) -> bool:
     return axis == len(getattr(module, leaf.rpartition("/")[2]).shape) - 1
 
 
-def _linear(m: Any, groups: int | None) -> Sizes:
+def _linear(m: Any, counted: Counted) -> Sizes:
     return {"in_features": m.kernel.shape[-2], "out_features": m.kernel.shape[-1]}
 
 
-def _linear_general(m: Any, groups: int | None) -> Sizes:
+def _linear_general(m: Any, counted: Counted) -> Sizes:
     outs = len(m.out_features)
     ins = outs + len(m.in_features)
     batch = ins + len(m.batch_axis)
@@ -93,16 +131,16 @@ def _linear_general(m: Any, groups: int | None) -> Sizes:
     }
 
 
-def _einsum(m: Any, groups: int | None) -> Sizes:
+def _einsum(m: Any, counted: Counted) -> Sizes:
     sizes: Sizes = {"kernel_shape": m.kernel.shape[-len(m.kernel_shape) :]}
     if m.bias is not None:
         sizes["bias_shape"] = m.bias.shape[-len(m.bias_shape) :]
     return sizes
 
 
-def _conv(m: Any, groups: int | None) -> Sizes:
+def _conv(m: Any, counted: Counted) -> Sizes:
     shape = m.kernel.shape[-len(m.kernel_shape) :]
-    count = m.feature_group_count if groups is None else groups
+    count = counted.get("groups", m.feature_group_count)
     return {
         "kernel_shape": shape,
         "feature_group_count": count,
@@ -111,18 +149,18 @@ def _conv(m: Any, groups: int | None) -> Sizes:
     }
 
 
-def _conv_transpose(m: Any, groups: int | None) -> Sizes:
+def _conv_transpose(m: Any, counted: Counted) -> Sizes:
     shape = m.kernel.shape[-len(m.kernel_shape) :]
     ins, outs = (shape[-1], shape[-2]) if m.transpose_kernel else shape[-2:]
     return {"kernel_shape": shape, "in_features": ins, "out_features": outs}
 
 
-def _embed(m: Any, groups: int | None) -> Sizes:
+def _embed(m: Any, counted: Counted) -> Sizes:
     count, features = m.embedding.shape[-2:]
     return {"num_embeddings": count, "features": features}
 
 
-def _norm(m: Any, groups: int | None) -> Sizes:
+def _norm(m: Any, counted: Counted) -> Sizes:
     arrays = [getattr(m, name, None) for name in ("mean", "scale", "bias")]
     found = [a for a in arrays if a is not None]
     features = _axes(getattr(m, "feature_axes", -1))
@@ -135,14 +173,13 @@ def _axes(axes: Any) -> int:
     return len(axes) if isinstance(axes, Sequence) else 1
 
 
-def _group_norm(m: Any, groups: int | None) -> Sizes:
-    if groups is None:
+def _group_norm(m: Any, counted: Counted) -> Sizes:
+    if not counted:
         return {}
-    width = (m.scale if m.scale is not None else m.bias).shape[-1]
-    return {"num_groups": groups, "group_size": width // groups}
+    return {"num_groups": counted["groups"], "group_size": counted["group_size"]}
 
 
-def _attention(m: Any, groups: int | None) -> Sizes:
+def _attention(m: Any, counted: Counted) -> Sizes:
     inputs, heads, width = m.query.kernel.shape[-3:]
     key_inputs, key_heads = m.key.kernel.shape[-3:-1]
     return {
@@ -156,8 +193,8 @@ def _attention(m: Any, groups: int | None) -> Sizes:
     }
 
 
-def _cell(inner: str, outer: str) -> Callable[[Any, int | None], Sizes]:
-    def rule(m: Any, groups: int | None) -> Sizes:
+def _cell(inner: str, outer: str) -> Callable[[Any, Counted], Sizes]:
+    def rule(m: Any, counted: Counted) -> Sizes:
         hidden, inputs = getattr(m, inner).kernel, getattr(m, outer).kernel
         return {
             "hidden_features": hidden.shape[-2],
@@ -167,11 +204,11 @@ def _cell(inner: str, outer: str) -> Callable[[Any, int | None], Sizes]:
     return rule
 
 
-def _lora(m: Any, groups: int | None) -> Sizes:
+def _lora(m: Any, counted: Counted) -> Sizes:
     return {"in_features": m.lora_a.shape[-2], "out_features": m.lora_b.shape[-1]}
 
 
-_RULES: tuple[tuple[Any, Callable[[Any, int | None], Sizes]], ...] = (
+_RULES: tuple[tuple[Any, Callable[[Any, Counted], Sizes]], ...] = (
     (nnx.Linear, _linear),
     (nnx.LinearGeneral, _linear_general),
     (nnx.Einsum, _einsum),
