@@ -7,7 +7,7 @@ import functools
 import itertools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Setting:
     dataset: Dataset
     model: Any
     start: Any
+    say: Callable[[str], None]
     on_progress: Progress
 
     @property
@@ -73,7 +74,12 @@ def create_model(options: Options, *, num_classes: int) -> Any:
     return models.create(options.model, num_classes=num_classes, **overrides)
 
 
-def _prepare(options: Options, workdir: Workdir, on_progress: Progress) -> Setting:
+def _prepare(
+    options: Options,
+    workdir: Workdir,
+    say: Callable[[str], None],
+    on_progress: Progress,
+) -> Setting:
     """Opens everything that can fail before the first step of training."""
     known = known_methods()
     if options.prune.method not in known:
@@ -117,7 +123,7 @@ def _prepare(options: Options, workdir: Workdir, on_progress: Progress) -> Setti
         start = jax.jit(functools.partial(model.init, train=False))(
             jax.random.key(options.seed), x
         )
-    return Setting(options, workdir, dataset, model, start, on_progress)
+    return Setting(options, workdir, dataset, model, start, say, on_progress)
 
 
 def _fit(
@@ -134,6 +140,11 @@ def _fit(
     if not training.distill_weight:
         teacher = None
     path = setting.workdir.path
+
+    def note(record: dict[str, Any]) -> None:
+        append_line(path / "metrics.jsonl", record)
+        setting.say(_epoch_line(record, training.epochs))
+
     return fit(
         model,
         variables,
@@ -144,8 +155,18 @@ def _fit(
         checkpoint_dir=str(path / f"{stage}_epochs") if resumable else None,
         stage=stage,
         on_progress=setting.on_progress,
-        on_metrics=functools.partial(append_line, path / "metrics.jsonl"),
+        on_metrics=note,
     )
+
+
+def _epoch_line(record: Mapping[str, Any], epochs: int) -> str:
+    """An epoch's record as a line: loss and accuracies."""
+    text = (
+        f"{record['stage']} epoch {record['epoch']} of {epochs}: "
+        f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.2%}"
+    )
+    held = record.get("validation_accuracy")
+    return text if held is None else f"{text}, validation {held:.2%}"
 
 
 def _base(setting: Setting) -> dict[str, Any]:
@@ -345,7 +366,7 @@ def run(
         before training starts; or a stage fails, and those before it are kept.
     """
     directory = Workdir(workdir, flat(options))
-    setting = _prepare(options, directory, on_progress)
+    setting = _prepare(options, directory, say, on_progress)
     directory.begin()
     if directory.finished:
         done = ", ".join(stage for stage in STAGES if stage in directory.finished)

@@ -64,12 +64,13 @@ def name_groups(model: nnx.Module) -> dict[str, int]:
     """
     found = {}
     for path, module in nnx.iter_modules(model):
-        bare = type(module) is nnx.GroupNorm and module.scale is module.bias is None
-        if bare:
+        if type(module) is not nnx.GroupNorm:  # a subclass may compute otherwise
+            continue
+        if module.scale is None and module.bias is None:
             place = "/".join(map(str, path))
             found[place] = module.num_groups
-            module.named_path = place
             module.__class__ = _Named
+            setattr(module, "named_path", place)  # noqa: B010 - none of GroupNorm's
     return found
 
 
