@@ -6,18 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from zoo import make
+from zoo import make, random_batches
 
 import jaxprune as jp
 from jaxprune.errors import BudgetError, ConfigError
 from jaxprune.schedule import limits_at, removed_shares
-
-
-def _batches(x_shape, classes=7, count=32, size=16):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(count, *x_shape)).astype(np.float32)
-    y = rng.integers(0, classes, count)
-    return [(x[i : i + size], y[i : i + size]) for i in range(0, count, size)]
 
 
 def test_shares_follow_the_equation():
@@ -49,7 +42,7 @@ def test_wrong_schedules_are_named(schedule, steps, error):
 def test_steps_compose_to_a_plan_of_the_original():
     """Without refit and tuning the slim weights are the original's, sliced."""
     model, variables, x = make("mlp")
-    batches = _batches(x.shape[1:])
+    batches = random_batches(x.shape[1:])
     slim = jp.prune(
         model, variables, batches, method="l2", macs=0.4, refit="none",
         schedule="linear", steps=3,
@@ -72,7 +65,7 @@ def test_steps_compose_to_a_plan_of_the_original():
 
 def test_one_step_is_what_no_schedule_gives():
     model, variables, x = make("mlp")
-    batches = _batches(x.shape[1:])
+    batches = random_batches(x.shape[1:])
     common = {"method": "l1", "macs": 0.5, "refit": "none"}
     once = jp.prune(model, variables, batches, **common)
     for schedule, steps in (("one-shot", None), ("linear", 1)):
@@ -94,7 +87,7 @@ def test_one_step_is_what_no_schedule_gives():
 )
 def test_every_method_goes_in_steps_with_fine_tuning_between(method, options):
     model, variables, x = make("mlp")
-    batches = _batches(x.shape[1:])
+    batches = random_batches(x.shape[1:])
     sizes, tuned = [], []
 
     def finetune(smaller, current):
@@ -128,7 +121,7 @@ def test_the_tuned_weights_are_pruned_next():
         return jax.tree.map(lambda a: jnp.full_like(a, 0.25), current)
 
     slim = jp.prune(
-        model, variables, _batches(x.shape[1:]), method="l1", keep=0.5, refit="none",
+        model, variables, random_batches(x.shape[1:]), method="l1", keep=0.5, refit="none",
         schedule="linear", steps=2, finetune=finetune,
     )  # fmt: skip
     assert {float(v) for a in jax.tree.leaves(slim.variables) for v in a.ravel()} == {
@@ -138,7 +131,7 @@ def test_the_tuned_weights_are_pruned_next():
 
 def test_floors_and_overrides_stay_those_of_the_original():
     model, variables, x = make("vgg_small")
-    batches = _batches(x.shape[1:])
+    batches = random_batches(x.shape[1:])
     slim = jp.prune(
         model, variables, batches, method="l1", macs=0.3, refit="none",
         schedule="linear", steps=2, overrides={"conv0": 0.5}, min_ratio=0.25,
@@ -164,7 +157,7 @@ class Net(nnx.Module):
 
 def test_nnx_objects_go_in_steps():
     model = Net(nnx.Rngs(0))
-    batches = _batches((8, 8, 3), classes=4)
+    batches = random_batches((8, 8, 3), classes=4)
     seen = []
 
     def finetune(smaller, current):
@@ -199,7 +192,7 @@ class Normed(nn.Module):
 @pytest.mark.slow
 def test_other_peoples_modules_are_saved_and_loaded_after_steps(tmp_path):
     model = Normed()
-    batches = _batches((8, 8, 3), classes=4)
+    batches = random_batches((8, 8, 3), classes=4)
     variables = model.init(jax.random.key(0), batches[0][0][:1])
     slim = jp.prune(
         model, variables, batches, method="l1", macs=0.4, schedule="cubic", steps=2
@@ -215,7 +208,7 @@ def test_other_peoples_modules_are_saved_and_loaded_after_steps(tmp_path):
 
 def test_wrong_calls_are_named_before_anything_runs():
     model, variables, _ = make("mlp")
-    batches = _batches((10,))
+    batches = random_batches((10,))
 
     def never(*_):
         raise AssertionError("fine-tuned")

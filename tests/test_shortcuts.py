@@ -120,6 +120,24 @@ def test_one_layer_of_every_sum_compensates(name, sums, compensating):
     assert all(compensating in path for path in paths), paths
 
 
+class _Doubled(nn.Module):
+    """A layer's result added to itself: no other branch can make up for anything."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, name="outer")(nn.relu(nn.Dense(8, name="inner")(x)))
+        return nn.Dense(3, name="head")(x + x)
+
+
+def test_a_result_added_to_itself_is_no_shortcut():
+    model, x = _Doubled(), jnp.ones((4, 5))
+    variables = randomise(model.init(jax.random.key(0), x))
+    graph = jp.trace(model, variables, x)
+    taps = find_taps(graph)
+    assert len(taps) == 3
+    assert find_shortcuts(graph, taps, _turn(graph, taps)) == {}
+
+
 def _errors(option, *, head, **options):
     """Squared error that two residual blocks are left with: (option on, option off)."""
     model, variables, batches, _ = _residual(blocks=2, head=head)

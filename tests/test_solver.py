@@ -6,14 +6,13 @@ import time
 import numpy as np
 import pytest
 from sklearn.linear_model import Lasso
+from zoo import moments_of
 
 from jaxprune.errors import ScoreError
 from jaxprune.solver.cpli import cpli_select, scaled_scores, suppression
-from jaxprune.solver.elimination import elimination_order
 from jaxprune.solver.gram import combine, gate_system
 from jaxprune.solver.lasso import lasso, select_exact
 from jaxprune.solver.refit import default_ridge, refit, relative_residual
-from jaxprune.stats import moments as mom
 
 
 def problem(channels, samples, seed=0):
@@ -22,17 +21,6 @@ def problem(channels, samples, seed=0):
     x = rng.normal(size=(samples, channels)) @ mix
     y = x @ rng.normal(0.5, 1, size=channels) + rng.normal(size=samples)
     return x, y, x.T @ x / samples, x.T @ y / samples
-
-
-def moments_of(x, y, split=512):
-    m = mom.zeros(x.shape[1], y.shape[1])
-    for start in range(0, len(x), split):
-        m = mom.update(
-            m,
-            np.asarray(x[start : start + split], np.float32),
-            np.asarray(y[start : start + split], np.float32),
-        )
-    return m
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])
@@ -356,67 +344,3 @@ def test_the_same_call_gives_the_same_bits():
     _, _, gram, linear = problem(30, 100)
     first, second = (select_exact(gram, linear, 11) for _ in range(2))
     np.testing.assert_array_equal(first.gates, second.gates)
-
-
-def plain_elimination(terms, channels, lowest, ridge):
-    """Every candidate refitted, the least error taken; two-sided float64."""
-
-    def error(keep):
-        total = 0.0
-        for moments, kernel, row_channel, s in terms:
-            cov = mom.covariances(moments)
-            prior, weight = np.asarray(kernel, np.float64), np.square(s)
-            k = np.isin(row_channel, [*keep, -1])
-            added = ridge * np.diagonal(cov.xx).mean()
-            xx, xy, w0 = cov.xx[np.ix_(k, k)], cov.xy[k], prior[k]
-            w = np.linalg.solve(xx + added * np.eye(k.sum()), xy + added * w0)
-            fit = cov.yy - 2 * (w * xy).sum(0) + (w * (xx @ w)).sum(0)
-            fit += added * np.square(w - w0).sum(0)
-            total += weight @ fit / (weight @ cov.yy)
-        return total
-
-    keep, order = list(range(channels)), []
-    while len(keep) > lowest:
-        errors = [error([k for k in keep if k != c]) for c in keep]
-        order.append(keep.pop(int(np.argmin(errors))))
-    return order
-
-
-@pytest.mark.parametrize("ridge", [1e-6, 0.05])
-@pytest.mark.parametrize("consumers", [1, 2])
-def test_elimination_takes_what_a_refit_misses_least(ridge, consumers):
-    rng = np.random.default_rng(consumers)
-    terms = []
-    for taps in range(2, 2 + consumers):
-        rows = 20 * taps + 3  # three rows are always present
-        row_channel = np.append(np.arange(20 * taps) % 20, [-1, -1, -1])
-        row_channel[0] = 1  # channel 0 has a row less, channel 1 one more
-        x = rng.normal(size=(700, rows)) @ rng.normal(size=(rows, rows))
-        kernel = rng.normal(size=(rows, 6)) * rng.uniform(0, 2, size=(rows, 1))
-        y = x @ kernel + rng.normal(size=(700, 6))
-        terms.append(
-            (moments_of(x.astype("f4"), y.astype("f4")), kernel, row_channel,
-             rng.uniform(0.1, 2, size=6))
-        )  # fmt: skip
-    expected = plain_elimination(terms, 20, 1, ridge)
-    found = elimination_order(terms, 20, 1, ridge=ridge)
-    assert found.tolist() == expected  # 19 steps: past a settling of the inverse
-    assert elimination_order(terms, 20, 12, ridge=ridge).tolist() == expected[:8]
-
-
-def test_elimination_sees_a_scaled_twin_and_the_dead_where_lasso_cannot():
-    rng = np.random.default_rng(0)
-    base = rng.normal(size=(2000, 6)).astype("f4")
-    x = np.concatenate([base, 3 * base[:, :1], np.zeros((2000, 1), "f4")], axis=1)
-    kernel = rng.normal(size=(8, 5)) + 1
-    y = (x @ kernel).astype("f4")
-    term = (moments_of(x, y), kernel, np.arange(8), None)
-    gone = elimination_order([term], 8, 6, ridge=0.0)
-    assert set(gone.tolist()) in ({0, 7}, {6, 7})
-    # The loss term keeps what the classification needs.
-    t = np.zeros(8)
-    t[7] = 1000.0
-    steered = elimination_order([term], 8, 6, ridge=0.0, loss_scores=t, mu=1.0)
-    assert 7 not in steered
-    with pytest.raises(ScoreError, match=r"a count in 1\.\.8; found 1 consumers and 0"):
-        elimination_order([term], 8, 0)

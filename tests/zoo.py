@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import models
+from jaxprune.stats import moments as mom
 
 # Every reference architecture, narrow; (options, input shape).
 ZOO: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -72,3 +73,15 @@ def random_batches(x_shape, classes=7, count=48, size=16, seed=0):
     x = rng.normal(size=(count, *x_shape)).astype(np.float32)
     y = rng.integers(0, classes, count)
     return [(x[i : i + size], y[i : i + size]) for i in range(0, count, size)]
+
+
+def moments_of(x: np.ndarray, y: np.ndarray, split: int = 512) -> mom.Moments:
+    """Streamed moments of samples (n, R) and targets (n, M)."""
+    m = mom.zeros(x.shape[1], y.shape[1])
+    for start in range(0, len(x), split):
+        m = mom.update(
+            m,
+            np.asarray(x[start : start + split], np.float32),
+            np.asarray(y[start : start + split], np.float32),
+        )
+    return m
