@@ -71,3 +71,8 @@ def test_elimination_sees_a_scaled_twin_and_the_dead_where_lasso_cannot():
     assert 7 not in steered
     with pytest.raises(ScoreError, match=r"a count in 1\.\.8; found 1 consumers and 0"):
         elimination_order([term], 8, 0)
+    broken = (moments_of(np.where(x == x[3, 2], np.nan, x), y), kernel, np.arange(8))
+    with pytest.raises(ScoreError, match="moments hold NaN or infinity"):
+        elimination_order([(*broken, None)], 8, 6)
+    with pytest.raises(ScoreError, match="1 values that are NaN or infinite"):
+        elimination_order([term], 8, 6, loss_scores=t + [np.inf, *[0] * 7], mu=1.0)

@@ -23,8 +23,9 @@ import numpy as np
 from scipy import linalg
 
 from jaxprune.errors import ScoreError
-from jaxprune.solver.refit import NOISE, default_ridge
-from jaxprune.stats.moments import Moments, covariances
+from jaxprune.solver.cpli import scaled_scores
+from jaxprune.solver.refit import NOISE, default_ridge, finite_covariances
+from jaxprune.stats.moments import Moments
 
 # Channels that are taken out before the inverse is brought up to date.
 BATCH = 16
@@ -58,7 +59,8 @@ def elimination_order(
       centred: for each consumer whether it has an intercept; default all.
 
     Raises:
-      ScoreError: no consumer, or `lowest` not in 1..C.
+      ScoreError: no consumer, `lowest` not in 1..C, or NaN or infinity in the
+        moments or the loss scores.
     """
     if not terms or not 1 <= lowest <= channels:
         raise ScoreError(
@@ -75,9 +77,7 @@ def elimination_order(
     for step in range(channels - lowest):
         rises = np.sum([consumer.rises() for consumer in consumers], axis=0)
         if step == 0 and loss_scores is not None and mu:
-            scores = np.asarray(loss_scores, np.float64)
-            scale = max(np.abs(scores).mean(), 1e-300)
-            extra = mu * np.abs(rises).mean() * scores / scale
+            extra = mu * np.abs(rises).mean() * scaled_scores(loss_scores)
         total = np.where(alive, rises + extra, np.inf)
         last = channels - 1 - int(np.argmin(total[::-1]))
         alive[last] = False
@@ -106,7 +106,7 @@ class _Consumer:
         ridge: float | None,
         centred: bool,
     ):
-        cov = covariances(moments, centred=centred)
+        cov = finite_covariances(moments, centred=centred)
         rows, outputs = cov.xy.shape
         prior = np.asarray(kernel, np.float64)
         s = np.ones(outputs) if weight is None else np.asarray(weight, np.float64)

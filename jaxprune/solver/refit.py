@@ -44,6 +44,17 @@ def default_ridge(count: float, rows: int) -> float:
     return float(np.clip(0.5 * rows / max(count, 1.0), 1e-6, 0.5))
 
 
+def finite_covariances(moments: Moments, *, centred: bool) -> Covariances:
+    """`covariances`, checked. Raises ScoreError for NaN or infinity in them."""
+    cov = covariances(moments, centred=centred)
+    if not (np.isfinite(cov.xx).all() and np.isfinite(cov.xy).all()):
+        raise ScoreError(
+            "the moments hold NaN or infinity: the calibration activations overflowed; "
+            "check the weights and the inputs, or run the model in float32"
+        )
+    return cov
+
+
 def refit(
     moments: Moments,
     row_keep,
@@ -81,12 +92,7 @@ def refit(
             f"a kernel ({rows}, {outputs}); found {row_keep.shape} and {prior.shape}"
         )
     kept = np.flatnonzero(row_keep)
-    cov = covariances(take_rows(moments, kept), centred=intercept)
-    if not (np.isfinite(cov.xx).all() and np.isfinite(cov.xy).all()):
-        raise ScoreError(
-            "the moments hold NaN or infinity: the calibration activations overflowed; "
-            "check the weights and the inputs, or run the model in float32"
-        )
+    cov = finite_covariances(take_rows(moments, kept), centred=intercept)
     if ridge is None:
         ridge = default_ridge(cov.count, kept.size)
     solved = _solve(cov.xx, cov.xy, prior[kept], max(ridge, NOISE))
