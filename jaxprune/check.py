@@ -2,8 +2,9 @@
 
 The slim model is traced abstractly and held against the original's records: the same
 primitives in the same order, every shape as predicted, slices that start at the kept
-count before them. A width that did not follow, or a branch on a shape that flipped,
-is found before anyone runs the model.
+count before them, the same numbers but for those that count the terms of a mean and
+those that weights make up for (`jaxprune.rescale`). A width that did not follow, or a
+branch on a shape that flipped, is found before anyone runs the model.
 """
 
 # JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
@@ -11,7 +12,8 @@ is found before anyone runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -23,8 +25,25 @@ from jaxprune.conv import plain_convolutions
 from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.evaluate import sub_jaxprs
+from jaxprune.graph.interpret import source_line
+from jaxprune.graph.means import term_counts
 from jaxprune.records import Plan
+from jaxprune.rescale import Folded, fold_constants
 from jaxprune.slicing import slice_variables
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """What of the numbers in the slim program differs from the original's.
+
+    Attributes:
+      means: literals, by call site, that count terms, at their new values; None for
+        each that is the original's.
+      folded: what the weights take up for the others.
+    """
+
+    means: Mapping[Site, Sequence[Any]] = field(default_factory=dict)
+    folded: Folded = field(default_factory=Folded)
 
 
 def slim_handle(graph: ChannelGraph, plan: Plan, small: Any) -> Any:
@@ -74,8 +93,8 @@ def follow(
     return restricted(good), reasons
 
 
-def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> dict[Site, Any]:
-    """Literals of the slim program by call site, after the static check of the plan.
+def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
+    """The static check of the plan, and the numbers in which its program differs.
 
     Costs no FLOPs.
 
@@ -104,9 +123,72 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> dict[Site, Any
         ) from error
     literals: dict[Site, Any] = {}
     _align(graph, mask, graph.closed, slim, (), literals)
+    found = _explain(graph, mask, literals)
     graph.aligned.clear()  # the last plan is asked for again, by the proof
-    graph.aligned[mask.tobytes()] = literals
-    return literals
+    graph.aligned[mask.tobytes()] = found
+    return found
+
+
+def _explain(
+    graph: ChannelGraph, mask: np.ndarray, literals: Mapping[Site, list[Any]]
+) -> Aligned:
+    """Every number that differs counts the terms of a mean, is made up for by the
+    weights, or is of no use; any other is an error."""
+    changed = {
+        site
+        for site, values in literals.items()
+        if not _alike(graph.records[site].eqn, values)
+    }
+    if not changed:
+        return Aligned()
+    counts = term_counts(
+        graph.closed,
+        graph.records,
+        lambda value, shape: kept_shape(graph, mask, value.axes, shape),
+    )
+    means: dict[Site, list[Any]] = {}
+    others = dict(literals)
+    for site in changed & counts.keys():
+        place, number = counts[site]
+        rest = list(literals[site])
+        if np.isclose(rest[place], number, rtol=1e-6):
+            means[site] = [None] * len(rest)
+            means[site][place] = literals[site][place]
+            rest[place] = graph.records[site].eqn.invars[place].val
+            others[site] = rest
+    wiring = graph.wiring
+    left = {s for s in changed if not _alike(graph.records[s].eqn, others[s])}
+    if not left - wiring.dead:
+        return Aligned(means)
+    folded = fold_constants(graph, others)
+    for site in sorted(left - wiring.dead - folded.sites):
+        eqn = graph.records[site].eqn
+        old, new = next(
+            (np.asarray(a.val), np.asarray(b))
+            for a, b in zip(eqn.invars, others[site], strict=True)
+            if isinstance(a, jex.Literal) and not _equal(a.val, b)
+        )
+        raise EmissionError(
+            f"{eqn.primitive.name} at {source_line(eqn) or site} takes a number that "
+            f"the source computes from a width: {old} in the original, {new} in the "
+            "slim model, and no weights can make up for it. Keep that group whole, or "
+            "shrink with replay=True, which keeps the number"
+        )
+    return Aligned(means, folded)
+
+
+def _alike(eqn: jex.JaxprEqn, values: Sequence[Any]) -> bool:
+    return all(
+        not isinstance(atom, jex.Literal) or _equal(atom.val, value)
+        for atom, value in zip(eqn.invars, values, strict=True)
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    a, b = np.asarray(a), np.asarray(b)
+    return np.array_equal(a, b, equal_nan=bool(jnp.issubdtype(a.dtype, np.inexact)))
 
 
 def _align(
@@ -141,7 +223,7 @@ def _align(
             record.outputs, eqn.outvars, other.outvars, strict=True
         ):
             expected = kept_shape(graph, mask, value.axes, var.aval.shape)
-            if expected != tuple(found.aval.shape):
+            if expected != tuple(found.aval.shape) and here not in graph.wiring.dead:
                 raise EmissionError(
                     f"a size did not follow at {record.name} {here}: expected shape "
                     f"{expected}, found {tuple(found.aval.shape)}"
@@ -149,7 +231,6 @@ def _align(
         _check_params(eqn, other, here)
         _check_starts(graph, mask, record, other, here)
         _check_positions(graph, mask, record, here)
-        _check_literals(eqn, other, here)
         literals[here] = [
             atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
         ]
@@ -225,23 +306,6 @@ def _plain(value: Any) -> bool:
     return isinstance(value, simple) or type(value).__name__.endswith(
         "DimensionNumbers"
     )
-
-
-def _check_literals(eqn: jex.JaxprEqn, other: jex.JaxprEqn, here: Site) -> None:
-    """Only real-valued constants (a mean's divisor) may depend on a size."""
-    real = any(_is_a(var.aval, np.inexact) for var in eqn.outvars)
-    for a, b in zip(eqn.invars, other.invars, strict=True):
-        if real or not (isinstance(a, jex.Literal) and isinstance(b, jex.Literal)):
-            continue
-        if not np.array_equal(np.asarray(a.val), np.asarray(b.val)):
-            raise EmissionError(
-                f"an operand of {eqn.primitive.name} {here} depends on a size that "
-                f"changed: expected {a.val}, found {b.val}; keep that group whole"
-            )
-
-
-def _is_a(array: Any, kind: Any) -> bool:
-    return bool(jnp.issubdtype(array.dtype, kind))
 
 
 def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:

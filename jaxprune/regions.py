@@ -56,6 +56,16 @@ def dot_region(eqn, shapes, rank: int, place: int, region: Region) -> Region:
     return own - len(shapes[place]), region[1]
 
 
+def conv_regions(eqn, rank: int, region: Region) -> list[Region]:
+    """The regions of input and kernel that the region of a convolution comes from."""
+    if region is None:
+        return [None, None]
+    numbers = eqn.params["dimension_numbers"]
+    if rank + region[0] != numbers.out_spec[1]:
+        return [NOWHERE, NOWHERE]
+    return [NOWHERE, (numbers.rhs_spec[0] - rank, region[1])]
+
+
 def moved(eqn, result: int, old: Any, new: Any, region: Region) -> Region:
     """The region of the operand of a layout primitive, or False."""
     name, params, rank = eqn.primitive.name, eqn.params, len(old)

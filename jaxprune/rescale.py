@@ -4,9 +4,8 @@ The source recomputes such a constant from the slim arrays, which changes the fu
 after a query/key width shrinks from D to D', scores are divided by sqrt(D') instead of
 sqrt(D). Where the operand of such a factor is linear in some kernels that nothing else
 reads, those kernels (and biases, or the scales of a norm in between) take the factor
-sqrt(D'/D), and the slim model equals the masked original exactly. Where it is not (the
-mean of a normalisation), the constant stays the slim program's: it normalises over
-what is left.
+sqrt(D'/D), and the slim model equals the masked original exactly. Where it is not, the
+static check refuses the plan.
 """
 
 # JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
@@ -21,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
 from jaxprune import trees
 from jaxprune.graph import ChannelGraph, Record, Site
@@ -30,6 +28,7 @@ from jaxprune.graph.wiring import OPAQUE, Key, Wiring, scalars, shape_of
 from jaxprune.regions import (
     NOWHERE,
     Region,
+    conv_regions,
     dot_region,
     is_zero,
     mark,
@@ -64,9 +63,7 @@ def fold_constants(
     Args:
       literals: of the slim program, from `check.align`.
     """
-    if not _differ(graph, literals):
-        return Folded()
-    wiring = Wiring.of(graph.closed, list(graph.leaves))
+    wiring = graph.wiring
     known = scalars(wiring, literals, bind)
     factors: list[Factor] = []
     folded: set[Site] = set()
@@ -85,9 +82,8 @@ def fold_constants(
             if not (old > 0 and new > 0) or not _read_once(wiring, keys[place]):
                 continue
             by = old / new if name == "mul" else new / old
-            push = _Push(wiring, graph.records)
-            push.edges.add((site, 1 - place, mark(None)))
-            if push.into(other, None) and push.closed() and not taken & push.touched:
+            push = _pushed(wiring, graph.records, (site, 1 - place), other, taken)
+            if push is not None:
                 factors += [Factor(path, by, part) for path, part in push.leaves]
                 folded |= sites
                 taken |= push.touched
@@ -118,22 +114,6 @@ def rescale(kept: Any, folded: Folded, variables: Any) -> Any:
         scaled = jnp.asarray(leaf, wide) * jnp.asarray(by, wide)
         changed[factor.path] = scaled.astype(leaf.dtype)
     return trees.replace(variables, changed) if changed else variables
-
-
-def with_original(
-    literals: Mapping[Site, Sequence[Any]], folded: Folded
-) -> Mapping[Site, Sequence[Any]]:
-    """The literals of the masked original: folded constants keep their values."""
-    restored = {site: [None] * len(literals[site]) for site in folded.sites}
-    return {**literals, **restored}
-
-
-def _differ(graph: ChannelGraph, literals: Mapping[Site, Sequence[Any]]) -> bool:
-    return any(
-        isinstance(atom, jex.Literal) and _differs(atom.val, new)
-        for site, record in graph.records.items()
-        for atom, new in zip(record.eqn.invars, literals[site], strict=True)
-    )
 
 
 def _differs(old: Any, new: Any) -> bool:
@@ -172,12 +152,48 @@ _SAME = frozenset(
 )
 
 
+# Ways of pushing one factor that are tried: one for each choice between the operands of
+# a product.
+_TRIES = 64
+
+
+def _pushed(
+    wiring: Wiring,
+    records: Mapping[Site, Record],
+    edge: tuple[Site, int],
+    key: Key,
+    taken: set[Key],
+) -> _Push | None:
+    """A push that nothing else reads, or None: all choices are tried in turn."""
+    script: list[int] = []
+    for _ in range(_TRIES):
+        push = _Push(wiring, records, script)
+        push.edges.add((*edge, mark(None)))
+        if push.into(key, None) and push.closed() and not taken & push.touched:
+            return push
+        choices = push.choices
+        while choices and choices[-1][0] + 1 >= choices[-1][1]:
+            choices.pop()
+        if not choices:
+            return None
+        script = [pick for pick, _ in choices]
+        script[-1] += 1
+    return None
+
+
 @dataclass(eq=False)
 class _Push:
-    """Moves a factor from an array to the variables that it is linear in."""
+    """Moves a factor from an array to the variables that it is linear in.
+
+    Attributes:
+      script: which operand to begin with at the first choices; 0 at later ones.
+      choices: (operand begun with, operands) of the choices met.
+    """
 
     wiring: Wiring
     records: Mapping[Site, Record]
+    script: Sequence[int] = ()
+    choices: list[tuple[int, int]] = field(default_factory=list)
     edges: set[tuple[Site, int, Any]] = field(default_factory=set)
     parts: dict[Key, list[Region]] = field(default_factory=dict)
     leaves: list[tuple[str, Region]] = field(default_factory=list)
@@ -228,6 +244,15 @@ class _Push:
         )
         return not mask[start:stop].any()
 
+    def _either(self, site: Site, options: Sequence[tuple[int, Region]]) -> bool:
+        """Pushes to one of the operands, in their order from the script's on."""
+        if not options:
+            return False
+        number = len(self.choices)
+        pick = self.script[number] if number < len(self.script) else 0
+        self.choices.append((pick, len(options)))
+        return any(self._push(site, place, part) for place, part in options[pick:])
+
     def _state(self) -> Any:
         parts = {key: list(regions) for key, regions in self.parts.items()}
         return set(self.edges), parts, list(self.leaves)
@@ -258,8 +283,14 @@ class _Push:
             pure = [value.pure for value in self.records[site].inputs]
             both = [0, 1] if pure[0] else [1, 0]
             places = [0] if name == "div" else both
-            fits = [p for p in places if region is None or reaches(shapes[p], region)]
-            return any(self._push(site, place, region) for place in fits)
+            return self._either(
+                site,
+                [
+                    (place, region)
+                    for place in places
+                    if region is None or reaches(shapes[place], region)
+                ],
+            )
         if name in ("add", "sub", "select_n"):
             first = 1 if name == "select_n" else 0
             return all(
@@ -270,13 +301,15 @@ class _Push:
                 )
                 for p in range(first, len(shapes))
             )
-        if name == "dot_general":
-            return any(
-                self._push(site, place, part)
-                for place in (1, 0)
-                for part in [dot_region(eqn, shapes, len(out), place, region)]
-                if part is not NOWHERE
-            )
+        if name in ("dot_general", "conv_general_dilated"):
+            if name == "dot_general":
+                parts = [dot_region(eqn, shapes, len(out), p, region) for p in (0, 1)]
+            else:
+                parts = conv_regions(eqn, len(out), region)
+            options = [(place, parts[place]) for place in (1, 0)]
+            return self._either(site, [o for o in options if o[1] is not NOWHERE])
+        if name == "max" and any(map(is_zero, eqn.invars)):  # relu(c x) = c relu(x)
+            return self._push(site, int(is_zero(eqn.invars[0])), region)
         if name == "concatenate":
             return self._concatenate(site, eqn, shapes, region)
         part = moved(eqn, result, shapes[0], out, region)

@@ -10,7 +10,7 @@ from jaxprune.frameworks.replay import check_replay
 from jaxprune.frameworks.replay import replay as replayed
 from jaxprune.graph import ChannelGraph
 from jaxprune.records import Plan, Slim
-from jaxprune.rescale import Folded, fold_constants, rescale
+from jaxprune.rescale import Folded, rescale
 from jaxprune.slicing import keep_indices, slice_variables
 
 
@@ -27,7 +27,9 @@ def shrink(
     follow, because its source states a width, are left whole; `slim.plan` is what was
     done, and `slim.report["left_whole"]` says why. Constants that follow a size, such
     as 1/sqrt(d) of attention, are made up for in the kernels (`jaxprune.rescale`;
-    `slim.report["rescaled"]`), so that the slim model equals the masked original.
+    `slim.report["rescaled"]`), so that the slim model equals the masked original;
+    groups whose constants nothing can make up for are left whole. The terms of a mean
+    over channels (a layer normalisation's) are those that are left.
 
     Args:
       graph: from `trace`.
@@ -50,7 +52,7 @@ def shrink(
     if replay:
         model, settings = replayed(graph, plan), ()
     else:
-        folded = fold_constants(graph, align(graph, plan))
+        folded = align(graph, plan).folded
         small = rescale(keep_indices(graph, plan), folded, small)
         model = slim_handle(graph, plan, small).model
         settings = graph.handle.settings(graph.notes, graph.layer_masks(plan))

@@ -18,7 +18,6 @@ from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import bind
 from jaxprune.records import Plan
-from jaxprune.rescale import fold_constants, with_original
 from jaxprune.surgery import shrink
 
 # What a removed entry must be for a reduction over it to pass it by.
@@ -44,10 +43,8 @@ def masked_outputs(
 
     The original jaxpr runs at full size; after every equation the removed indices of
     its results are set to zero (to the neutral element before a maximum, minimum or
-    product). Normalisations run over kept channels only: the size constants in them
-    (scalar literals) are read from the aligned slim program, or are those of a replay.
-    Constants that `shrink` folds into kernels (`jaxprune.rescale`) keep the original's
-    values.
+    product). Means, so also normalisations, run over kept channels only: they count the
+    terms that are left. All other numbers in the program are the original's.
     """
     plan = graph.complete(plan)
     replay = graph.replay if replay is None else replay
@@ -56,8 +53,7 @@ def masked_outputs(
     if replay:
         literals = size_literals(graph, plan, inputs)
     else:
-        found = align(graph, plan)
-        literals = with_original(found, fold_constants(graph, found))
+        literals = align(graph, plan).means
 
     def silence(array: Any, axes: Any, value: Any = 0) -> Any:
         for dim, axis in enumerate(axes):
@@ -84,7 +80,8 @@ def masked_outputs(
         return [silence(r, v.axes) for r, v in zip(results, values, strict=True)]
 
     def execute(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
-        if eqn.primitive.name != "random_bits":
+        noise = eqn.primitive.name == "random_bits"
+        if not noise or graph.records[site].inputs[0].pure:
             return bind(eqn, operands)
         # The slim program draws its noise at its own size: the same draw, spread out.
         axes = graph.records[site].outputs[0].axes
@@ -139,7 +136,8 @@ def verify(
       x: an input array, or a tuple of the model's inputs, of any batch size.
       variables: full-size arrays to prove the plan with; by default those traced.
       replay: as for `shrink`.
-      tolerance: largest error allowed, relative to the largest output (at least 1).
+      tolerance: largest error allowed of each output, relative to the largest entry
+        of it (at least 1).
 
     Raises:
       EmissionError: the two differ by more than the tolerance, or the original's
@@ -159,9 +157,9 @@ def verify(
     expected = masked_outputs(graph, slim.plan, source, inputs, replay=replay)
     call = slim.model if replay else slim_handle(graph, slim.plan, slim.variables)
     found = jax.tree.leaves(jax.jit(lambda v, i: call(v, *i))(slim.variables, inputs))
-    mask, worst, scale = graph.unit_mask(slim.plan), 0.0, 1.0
+    mask, worst, excess = graph.unit_mask(slim.plan), 0.0, (0.0, 0.0, 1.0)
     for value, full, small in zip(graph.results, expected, found, strict=True):
-        a, b = np.asarray(full, np.float64), np.asarray(small, np.float64)
+        a, b = _wide(full), _wide(small)
         for dim, axis in enumerate(value.axes):
             if axis is not None:
                 a = np.compress(axis_mask(graph, mask, axis), a, dim)
@@ -170,15 +168,24 @@ def verify(
                 "nothing can be proven: an output of the masked original is NaN "
                 "throughout; check the weights and the inputs, or pass verify=False"
             )
-        worst = max(worst, _difference(a, b))
-        scale = max(scale, float(np.abs(a[np.isfinite(a)]).max(initial=0.0)))
-    if not worst <= tolerance * scale:
+        difference = _difference(a, b)
+        scale = float(np.abs(a[np.isfinite(a)]).max(initial=1.0))
+        worst = max(worst, difference)
+        excess = max(excess, (difference / scale, difference, scale))
+    relative, difference, scale = excess
+    if not relative <= tolerance:
         raise EmissionError(
-            f"the slim model differs from the masked original by {worst:.3g} where "
+            f"the slim model differs from the masked original by {difference:.3g} where "
             f"outputs reach {scale:.3g}; allowed is {tolerance:g} relative. Please keep "
             "this model and plan: they show a defect"
         )
     return worst
+
+
+def _wide(array: Any) -> np.ndarray:
+    """In float64, or complex128 if it is complex."""
+    array = np.asarray(array)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def _is_shape(leaf: Any) -> bool:

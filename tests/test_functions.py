@@ -348,11 +348,9 @@ def test_functions_that_cannot_be_traced_say_why():
         )
 
 
-def test_random_keys_among_the_constants():
-    """A function may hold typed keys; what it draws adopts the channels it meets."""
-    keys = jax.random.split(jax.random.key(0))
-
-    def noisy(params, x):
+def test_noise_from_a_key_adopts_the_channels_it_meets():
+    def noisy(params, x, key):
+        keys = jax.random.split(key)
         h = x @ params["a"]
         h = h + 0.1 * jax.random.normal(keys[1], h.shape)
         return (
@@ -360,9 +358,35 @@ def test_random_keys_among_the_constants():
         )
 
     params = _params({"a": (5, 8), "b": (8, 3)})
-    x = jax.random.normal(jax.random.key(1), (2, 5))
+    x = jax.random.normal(jax.random.key(1), (2, 5)), jax.random.key(0)
     graph = jp.trace(noisy, params, x)
     assert [g.size for g in graph.groups] == [8]
     # The slim model draws at its own width, and so does the masked original.
     assert jp.verify(graph, {"a": [1, 2, 6]}, x) < 1e-5
     assert jp.verify(graph, {"a": [1, 2, 6]}, x, replay=True) < 1e-5
+
+
+KEY = jax.random.key(7)
+
+
+@pytest.mark.parametrize("key", [lambda: jax.random.key(42), lambda: KEY])
+def test_what_a_fixed_key_draws_is_a_table(key):
+    """Random features: at another width the same key would draw other ones."""
+
+    def features(params, x):
+        h = x @ params["a"]
+        table = jax.random.normal(key(), (h.shape[-1], 16))
+        return jnp.cos(h @ table) @ params["b"]
+
+    params = _params({"a": (5, 8), "b": (16, 3)})
+    x = jax.random.normal(jax.random.key(1), (2, 5))
+    assert jp.trace(features, params, x).groups == ()
+    assert "a draw from a fixed key" in jp.trace(features, params, x).explain("a")
+    graph = jp.trace(features, params, x, replay=True)
+    kept = [1, 2, 6]
+    slim = jp.shrink(graph, {"a": kept})
+    silent = {**params, "a": params["a"].at[:, [0, 3, 4, 5, 7]].set(0.0)}
+    np.testing.assert_allclose(
+        jax.jit(slim.model)(slim.variables, x), features(silent, x), atol=1e-5
+    )
+    assert jp.verify(graph, {"a": kept}, x) < 1e-5

@@ -394,3 +394,57 @@ def test_layers_may_bear_any_name():
     slim = jp.shrink(graph, {group.name: np.arange(4) for group in graph.groups})
     assert slim.model.apply(slim.variables, x).shape == (4, 3)
     assert slim.variables["params"]["inner"]["kernel"].shape == (5, 4)
+
+
+class _Encoder(nn.Module):
+    """A module of which a method is called."""
+
+    def setup(self):
+        self.first, self.second, self.last = nn.Dense(12), nn.Dense(10), nn.Dense(3)
+
+    def encode(self, x):
+        return self.second(nn.relu(self.first(x)))
+
+    def __call__(self, x):
+        return self.last(nn.relu(self.encode(x)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, v, x: m.apply(v, x, method="encode"),
+        lambda m, v, x: m.apply(v, x, method=m.encode),
+        lambda m, v, x: m.apply(v, x, method=_Encoder.encode),
+        lambda m, v, x: m.bind(v).encode(x),
+        lambda m, v, x: m.apply(v, x, method=lambda m, x: m.second(m.first(x))),
+    ],
+)
+def test_the_call_may_be_of_any_method(call):
+    model, x = _Encoder(), jax.random.normal(jax.random.key(1), (4, 5))
+    variables = _variables(model, x)
+    graph = jp.trace(model, variables, x, apply=call)
+    assert [g.name for g in graph.groups] == ["first"]
+    plan = {"first": [0, 2, 7]}
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, plan, x) < 1e-5
+
+
+def test_a_slim_module_has_the_methods_of_the_users():
+    model, x = _Encoder(), jax.random.normal(jax.random.key(1), (4, 5))
+    variables = _variables(model, x)
+    slim = jp.shrink(jp.trace(model, variables, x), {"first": [0, 2, 7]})
+    module, found = slim.model, slim.model.apply(slim.variables, x, method="encode")
+    silent = jax.tree.map(lambda leaf: leaf, variables)
+    kernel = silent["params"]["second"]["kernel"]
+    gone = np.setdiff1d(np.arange(12), [0, 2, 7])
+    silent["params"]["second"]["kernel"] = kernel.at[gone].set(0.0)
+    expected = model.apply(silent, x, method="encode")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    bound = module.bind(slim.variables)
+    np.testing.assert_array_equal(bound.encode(x), found)
+    np.testing.assert_array_equal(
+        module.apply(slim.variables, x, method=module.encode), found
+    )
+    with pytest.raises(AttributeError, match="decode"):
+        module.decode  # noqa: B018

@@ -10,7 +10,6 @@ from test_patterns import make
 
 import jaxprune as jp
 from jaxprune import surgery, trees
-from jaxprune.rescale import Folded
 
 # Patterns, and a leaf that takes the factor when the query/key width shrinks.
 WIDTHS = {
@@ -66,7 +65,7 @@ def test_a_surgeon_who_does_not_rescale_is_found(monkeypatch):
     ]
     plan = {group.name: np.arange(group.size // 2)}
     assert jp.verify(graph, plan, x) < 1e-6
-    monkeypatch.setattr(surgery, "fold_constants", lambda *_: Folded())
+    monkeypatch.setattr(surgery, "rescale", lambda kept, folded, variables: variables)
     with pytest.raises(jp.PruneError, match="differs from the masked original"):
         jp.verify(graph, plan, x, tolerance=1e-6)
 

@@ -13,6 +13,11 @@ class FunctionHandle:
 
     model: Callable[..., Any]
 
+    @property
+    def random_state(self) -> tuple[()]:
+        """None: keys are inputs, or stated by the source."""
+        return ()
+
     def __call__(self, variables: Any, *inputs: Any) -> Any:
         return self.model(variables, *inputs)
 

@@ -12,6 +12,7 @@ from jaxprune.frameworks.flags import call_flags
 from jaxprune.frameworks.linen_resize import (
     Resized,
     Settings,
+    following,
     group_settings,
     record_groups,
     shapes_of,
@@ -31,8 +32,17 @@ class LinenHandle:
     model: nn.Module
     apply: Callable[..., Any] | None = None
 
+    @property
+    def random_state(self) -> tuple[()]:
+        """None: keys are inputs, or stated by the source."""
+        return ()
+
     def __call__(self, variables: Any, *inputs: Any) -> Any:
         """Outputs of the inference call."""
+        if self.apply is not None and isinstance(self.model, Resized):
+            # The user's own module: the call may name any of its methods.
+            with following(self.model.shapes, self.model.settings):
+                return self.apply(self.model.jaxprune_module, variables, *inputs)
         if self.apply is not None:
             return self.apply(self.model, variables, *inputs)
         return self.model.apply(variables, *inputs, **inference_flags(self.model))

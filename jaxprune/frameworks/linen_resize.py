@@ -11,7 +11,9 @@ as any module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -48,22 +50,43 @@ class Resized(nn.Module):
         nn.share_scope(self, self.jaxprune_module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        table = dict(self.shapes)
-        settings = {(path, name): value for path, name, value in self.settings}
-
-        def follow(next_fun, args, kwargs, context):
-            if context.method_name in ("__call__", "setup"):
-                resize(
-                    context.module, context.method_name, args, kwargs, table, settings
-                )
-            adopt(context.module, table)
-            return next_fun(*args, **kwargs)
-
-        def follow_carry(cell: nn.Module) -> None:
-            _set(cell, _sizes(cell, None, table))
-
-        with nn.intercept_methods(follow), carries_follow(follow_carry):
+        with following(self.shapes, self.settings):
             return self.jaxprune_module(*args, **kwargs)
+
+    def jaxprune_call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the user's module."""
+        with following(self.shapes, self.settings):
+            return getattr(self.jaxprune_module, name)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The other methods of the user's module, for `apply(..., method="encode")`."""
+        module = vars(self).get("jaxprune_module")
+        if name.startswith("_") or not callable(getattr(type(module), name, None)):
+            return super().__getattr__(name)
+
+        def method(self: Resized, *args: Any, **kwargs: Any) -> Any:
+            return self.jaxprune_call(name, *args, **kwargs)
+
+        return types.MethodType(method, self)
+
+
+@contextlib.contextmanager
+def following(shapes: Shapes, settings: Settings) -> Iterator[None]:
+    """While it lasts, layers that run take their widths from their arrays."""
+    table = dict(shapes)
+    stated = {(path, name): value for path, name, value in settings}
+
+    def follow(next_fun, args, kwargs, context):
+        if context.method_name in ("__call__", "setup"):
+            resize(context.module, context.method_name, args, kwargs, table, stated)
+        adopt(context.module, table)
+        return next_fun(*args, **kwargs)
+
+    def follow_carry(cell: nn.Module) -> None:
+        _set(cell, _sizes(cell, None, table))
+
+    with nn.intercept_methods(follow), carries_follow(follow_carry):
+        yield
 
 
 def resize(

@@ -86,6 +86,11 @@ class NnxHandle:
             node[last] = _value(leaf)
         return tree
 
+    @property
+    def random_state(self) -> tuple[Any, ...]:
+        """The keys and counts of the object's random number streams."""
+        return tuple(_value(leaf) for _, leaf in self.others)
+
     def __call__(self, variables: Any, *inputs: Any) -> Any:
         """Outputs of the inference call of a copy that holds the variables."""
         return self._call(self._copy(variables), *inputs)

@@ -7,12 +7,12 @@ output: the call may be one for training, with statistics among its results.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -23,6 +23,7 @@ from jaxprune.graph import Record, Site, Value
 from jaxprune.graph.atoms import Atoms, Classes
 from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import Walk
+from jaxprune.graph.means import term_counts
 from jaxprune.graph.rules import RULES
 
 Masks = Mapping[tuple[str, int], np.ndarray]
@@ -58,10 +59,11 @@ class Program:
         )
 
     def take(self, array: Any, value: Value) -> Any:
-        """What is left of a full-size array."""
+        """What is left of a full-size array, NumPy's or JAX's."""
+        take = jnp.take if isinstance(array, jax.Array) else np.take
         for dim, axis in enumerate(value.axes):
             if axis is not None and not self.kept(axis).all():
-                array = np.take(array, np.flatnonzero(self.kept(axis)), axis=dim)
+                array = take(array, np.flatnonzero(self.kept(axis)), axis=dim)
         return array
 
 
@@ -87,7 +89,8 @@ def program_of(
             variables, tuple(inputs)
         )
     atoms = Atoms()
-    walk = Walk(atoms, RULES, tables=True)
+    streams = getattr(call, "random_state", ())
+    walk = Walk(atoms, RULES, tables=True, streams=streams)
     leaves = {
         path: Value(tuple(walk.fresh(size) for size in leaf.shape), pure=True)
         for path, leaf in trees.flatten(variables).items()
@@ -170,15 +173,19 @@ def constants(program: Program) -> Constants:
     its terms (a mean, so also the statistics of a norm) counts the terms left.
     """
     found: Constants = {}
-    _constants(program, program.closed, (), found)
+    counts = term_counts(program.closed, program.records, program.shape)
+    _constants(program, program.closed, (), counts, found)
     return found
 
 
 def _constants(
-    program: Program, closed: jex.ClosedJaxpr, site: Site, found: Constants
+    program: Program,
+    closed: jex.ClosedJaxpr,
+    site: Site,
+    counts: Mapping[Site, tuple[int, Any]],
+    found: Constants,
 ) -> None:
     held = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    terms: dict[Any, tuple[int, int]] = {}
     for number, eqn in enumerate(closed.jaxpr.eqns):
         here = (*site, number)
         record = program.records[here]
@@ -189,34 +196,12 @@ def _constants(
             shape = shape_of(atom)
             if array is not None and program.shape(value, shape) != shape:
                 new[k] = program.take(array, value)
-        _follow_sum(program, record, terms, new)
+        if here in counts:
+            place, number_left = counts[here]
+            new[place] = number_left
         found[here] = new
         inner = sub_jaxprs(eqn)
         for branch, deeper in enumerate(inner):
             single = len(inner) == 1 and record.name != "cond"
-            _constants(program, deeper, here if single else (*here, branch), found)
-
-
-def _follow_sum(
-    program: Program, record: Record, terms: dict[Any, tuple[int, int]], new: list[Any]
-) -> None:
-    eqn = record.eqn
-    if record.name == "reduce_sum":
-        shape = shape_of(eqn.invars[0])
-        left = program.shape(record.inputs[0], shape)
-        axes = eqn.params["axes"]
-        terms[eqn.outvars[0]] = (
-            math.prod(shape[axis] for axis in axes),
-            math.prod(left[axis] for axis in axes),
-        )
-        return
-    source = next((a for a in eqn.invars[:1] if not isinstance(a, jex.Literal)), None)
-    if source not in terms:
-        return
-    if record.name in ("convert_element_type", "broadcast_in_dim", "reshape"):
-        terms[eqn.outvars[0]] = terms[source]
-    elif record.name == "div" and isinstance(eqn.invars[1], jex.Literal):
-        full, left = terms[source]
-        divisor = eqn.invars[1].val
-        if np.ndim(divisor) == 0 and divisor == full != left:
-            new[1] = np.asarray(left, np.asarray(divisor).dtype)[()]
+            deep = here if single else (*here, branch)
+            _constants(program, deeper, deep, counts, found)

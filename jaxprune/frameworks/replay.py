@@ -58,9 +58,12 @@ class Replayed:
 
         def run(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
             record = program.records[site]
-            if record.name == "iota":
-                # Positions of what is left; resized, they would be counted anew.
-                results = [jnp.asarray(program.take(_iota(eqn), record.outputs[0]))]
+            table = record.name == "random_bits" and record.inputs[0].pure
+            if record.name == "iota" or table:
+                # Of what is left; resized, positions would be counted anew, and a
+                # fixed key would draw another table.
+                (whole,) = bind(eqn, operands) if table else [_iota(eqn)]
+                results = [jnp.asarray(program.take(whole, record.outputs[0]))]
             else:
                 results = bind(eqn, operands, resized(program, record))
             for result, value, var in zip(

@@ -60,7 +60,8 @@ def evaluate(
       loops: also go into scan, while and cond, which are traced anew around the
         hooks; otherwise they run as they are.
       remat: keep rematerialised calls as such; hooks must not keep arrays then.
-      literals: by site, what replaces the literal operands (None leaves one as is).
+      literals: by site, what replaces the literal operands (None leaves one as is, as
+        no entry leaves all).
       site: prefix of the sites that the hooks see.
     """
     environment: dict[Any, Any] = {}
@@ -82,7 +83,7 @@ def evaluate(
     for number, eqn in enumerate(jaxpr.eqns):
         here = (*site, number)
         operands = [read(atom) for atom in eqn.invars]
-        if literals is not None:
+        if literals and here in literals:
             operands = [
                 held if new is None else new
                 for held, new in zip(operands, literals[here], strict=True)

@@ -30,6 +30,7 @@ from jaxprune.graph.pins import (
     pin_unused,
 )
 from jaxprune.graph.rules import RULES
+from jaxprune.graph.wiring import Wiring
 from jaxprune.records import Group, Plan
 
 
@@ -75,6 +76,11 @@ class ChannelGraph:
     aligned: dict[bytes, Any] = field(default_factory=dict)
     _kept: dict[bytes, np.ndarray] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """Who makes and who reads each array of the program."""
+        return Wiring.of(self.closed, list(self.leaves))
 
     # Groups and plans ---------------------------------------------------------
 
@@ -296,7 +302,7 @@ def build(
         )
     names = list(trees.flatten(structs[0]))
     atoms = Atoms()
-    walk = Walk(atoms, RULES, replay)
+    walk = Walk(atoms, RULES, replay, handle.random_state)
     leaves = jax.tree_util.tree_leaves(structs[0])
     values = {}
     for name, leaf in zip(names, leaves, strict=True):

@@ -25,6 +25,13 @@ CASTS = frozenset(("convert_element_type", "copy", "copy_p"))
 VIEWS = CASTS | {"reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose"}
 
 
+# What may stand on an axis without channels, for the reasons that users read.
+TABLES = (
+    "a position, a varying constant or a draw from a fixed key, which "
+    "trace(replay=True) lets shrink; a key among the inputs draws noise"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Value:
     """What the walk knows of one array.
@@ -74,11 +81,14 @@ class Walk:
     Attributes:
       tables: positions and varying constants may lose channels: for a replay, which
         slices what the source computes at full size (a rotary embedding's angles).
+      streams: constants that are the state of random number generators, so that what
+        is drawn from them is noise and no table.
     """
 
     atoms: Atoms
     rules: dict[str, Rule]
     tables: bool = False
+    streams: Sequence[Any] = ()
     records: dict[Site, Record] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     site: Site = ()
@@ -158,6 +168,8 @@ class Walk:
 
         Abstract or extended-dtype constants (PRNG keys) count as varying.
         """
+        if any(value is state for state in self.streams):
+            return Value((None,) * len(shape))
         if not shape or not math.prod(shape):
             return Value((None,) * len(shape), pure=True)
         dtype = getattr(value, "dtype", None)

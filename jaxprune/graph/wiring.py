@@ -32,6 +32,7 @@ class Wiring:
         or the output reads it.
       leaf: {array: name of the variable it is}.
       equations: {site: equation}.
+      dead: sites of equations whose results nothing uses; they read nothing.
     """
 
     maker: dict[Key, tuple[Site, jex.JaxprEqn, int]] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Wiring:
     )
     leaf: dict[Key, str] = field(default_factory=dict)
     equations: dict[Site, jex.JaxprEqn] = field(default_factory=dict)
+    dead: set[Site] = field(default_factory=set)
     _alias: dict[Key, Key] = field(default_factory=dict)
 
     @classmethod
@@ -51,6 +53,7 @@ class Wiring:
         wiring._walk(closed.jaxpr, ())
         for atom in closed.jaxpr.outvars:
             wiring._opaque((), [atom])
+        wiring._bury()
         return wiring
 
     def key(self, site: Site, atom: Any) -> Key | None:
@@ -65,6 +68,21 @@ class Wiring:
     def operands(self, site: Site) -> list[Key | None]:
         """The operands of the equation at a site."""
         return [self.key(site[:-1], atom) for atom in self.equations[site].invars]
+
+    def _bury(self) -> None:
+        """Finds the dead equations, from the last to the first."""
+        results: dict[Site, list[Key]] = defaultdict(list)
+        for key, (site, _, _) in self.maker.items():
+            results[site].append(key)
+        for site in reversed(self.equations):
+            made = results[site]
+            used = not made or self.equations[site].effects
+            if used or any(self.readers[key] for key in made):
+                continue
+            self.dead.add(site)
+            for key in self.operands(site):
+                if key is not None:
+                    self.readers[key] = [r for r in self.readers[key] if r[0] != site]
 
     def _opaque(self, site: Site, atoms: Sequence[Any]) -> None:
         for atom in atoms:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jax.extend import core as jex
 
 from jaxprune.graph.atoms import Axis
-from jaxprune.graph.interpret import Value, Walk
+from jaxprune.graph.interpret import TABLES, Value, Walk
 
 WINDOW = "slides over this axis"
 
@@ -17,10 +17,13 @@ def dot_general(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """Contracted and batch pairs are tied; the rest comes out: batch, lhs, rhs."""
     left, right = values
     (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
-    why = f"contracted at {walk.where} with an array that has no channels there"
+    alone = "with an array that has no channels there"
+    if any(value.pure and value.source is None for value in values):
+        alone += f" ({TABLES})"
+    why = f"contracted at {walk.where} {alone}"
     for a, b in zip(contract_l, contract_r, strict=True):
         walk.atoms.unite(left.axes[a], right.axes[b], why)
-    why = f"batched at {walk.where} with an array that has no channels there"
+    why = f"batched at {walk.where} {alone}"
     batch = [
         walk.atoms.unite(left.axes[a], right.axes[b], why)
         for a, b in zip(batch_l, batch_r, strict=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jax.extend import core as jex
 
 from jaxprune.graph.atoms import Axis
-from jaxprune.graph.interpret import Value, Walk
+from jaxprune.graph.interpret import TABLES, Value, Walk
 
 ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
@@ -77,8 +77,7 @@ def _meets(walk: Walk, values: Sequence[Value], shapes) -> str:
         if any(a is None for a in met) and any(a is not None for a in met):
             return (
                 f"combined at {walk.where} with an array that has no channels there "
-                "(an input; or a position or varying constant, which "
-                "trace(replay=True) lets shrink)"
+                f"(an input; or {TABLES})"
             )
     return ""
 
@@ -100,6 +99,14 @@ def cumulative(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     why = f"{eqn.primitive.name} at {walk.where} runs along this axis"
     walk.atoms.freeze(values[0].axes[eqn.params["axis"]], why)
     return [values[0].axes]
+
+
+def fft(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """The transformed axes, the last ones, are positions."""
+    count = len(eqn.params["fft_lengths"])
+    rest = values[0].axes[: len(values[0].axes) - count]
+    walk.pin(values[0].axes[len(rest) :], f"fft at {walk.where} runs along this axis")
+    return [(*rest, *(None,) * count)]
 
 
 def ordering(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
@@ -142,13 +149,20 @@ def bitcast(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
 
 
 def random_bits(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
-    """Noise adopts the channels of what it is added to or multiplied with."""
-    del values
-    return [tuple(walk.fresh(s) for s in var.aval.shape) for var in eqn.outvars]
+    """Noise adopts the channels of what it is added to or multiplied with.
+
+    Drawn from a key that the source states it is a table, the same at every call: a
+    smaller draw would be another one.
+    """
+    table = values[0].pure and not walk.tables
+    return [
+        tuple(None if table else walk.fresh(s) for s in var.aval.shape)
+        for var in eqn.outvars
+    ]
 
 
 def untracked(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
-    """Keys and positions: nothing of them is a channel."""
+    """Keys, and what debugging calls see: nothing that comes out is a channel."""
     del walk, values
     return [(None,) * len(var.aval.shape) for var in eqn.outvars]
 
@@ -162,6 +176,9 @@ RULES = {
     "top_k": ordering,
     "approx_top_k": ordering,
     "bitcast_convert_type": bitcast,
+    "fft": fft,
+    "debug_callback": untracked,
+    "debug_print": untracked,
     "random_bits": random_bits,
     "random_seed": untracked,
     "random_wrap": untracked,

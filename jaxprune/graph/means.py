@@ -1,0 +1,135 @@
+"""Numbers of a program that count the terms of a sum: the divisors of means."""
+
+# JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core as jex
+
+from jaxprune.graph.evaluate import CALLS, sub_jaxprs
+from jaxprune.graph.interpret import Record, Site, Value
+
+Shape = tuple[int, ...]
+# What a plan leaves of the shape of an array.
+Left = Callable[[Value, Shape], Shape]
+_PASSED = frozenset(
+    "convert_element_type broadcast_in_dim reshape squeeze transpose copy".split()
+)
+
+
+def term_counts(
+    closed: jex.ClosedJaxpr, records: Mapping[Site, Record], left: Left
+) -> dict[Site, tuple[int, Any]]:
+    """{site: (operand, number)} for what makes means of sums that lose terms.
+
+    A literal that a sum of n terms is divided by counts the terms left if it is n, or
+    n - 1 (a sample variance), or if it is the n of n - ddof (`jnp.var`); one that it is
+    multiplied by, if it is 1 / n. The mean of a layer normalisation is of that kind: it
+    is of the channels that are left.
+
+    Args:
+      closed: the full-size program.
+      records: of its call sites.
+      left: the shape that is left of an array.
+    """
+    found: dict[Site, tuple[int, Any]] = {}
+    _walk(closed.jaxpr, (), {}, records, left, found)
+    return found
+
+
+def _walk(
+    jaxpr: Any,
+    site: Site,
+    terms: dict[Any, tuple[int, int]],
+    records: Mapping[Site, Record],
+    left: Left,
+    found: dict[Site, tuple[int, Any]],
+) -> None:
+    """terms: {variable of this jaxpr: (terms in all, terms left) of the sum it is}."""
+    reduced: dict[Any, Site] = {}  # by "number - something"
+    for number, eqn in enumerate(jaxpr.eqns):
+        here = (*site, number)
+        record = records[here]
+        held = [terms.get(a) if not _literal(a) else None for a in eqn.invars]
+        if record.name == "reduce_sum":
+            terms[eqn.outvars[0]] = _summed(record, left, held[0] or (1, 1))
+        elif record.name in _PASSED and held[0]:
+            terms[eqn.outvars[0]] = held[0]
+        elif record.name in ("div", "mul"):
+            counted = _counted(record, held)
+            if counted is not None:
+                found[here] = counted
+            elif held[0] and not _literal(eqn.invars[1]) and eqn.invars[1] in reduced:
+                place = reduced[eqn.invars[1]]
+                full, kept = held[0]
+                if full == records[place].eqn.invars[0].val != kept:
+                    found[place] = 0, _as(eqn.invars[1], kept)
+        elif (
+            record.name == "sub"
+            and _literal(eqn.invars[0])
+            and not eqn.outvars[0].aval.shape
+        ):
+            reduced[eqn.outvars[0]] = here
+        inner = sub_jaxprs(eqn)
+        for branch, deeper in enumerate(inner):
+            single = len(inner) == 1 and record.name != "cond"
+            given: dict[Any, tuple[int, int]] = {}
+            if record.name in CALLS:
+                pairs = zip(deeper.jaxpr.invars, held, strict=True)
+                given = {var: count for var, count in pairs if count is not None}
+            _walk(
+                deeper.jaxpr,
+                here if single else (*here, branch),
+                given,
+                records,
+                left,
+                found,
+            )
+            if record.name in CALLS:
+                for var, result in zip(eqn.outvars, deeper.jaxpr.outvars, strict=True):
+                    if not _literal(result) and result in given:
+                        terms[var] = given[result]
+
+
+def _literal(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal)
+
+
+def _summed(record: Record, left: Left, before: tuple[int, int]) -> tuple[int, int]:
+    """How many terms the result of a reduce_sum has, in all and left."""
+    shape = tuple(record.eqn.invars[0].aval.shape)
+    small = left(record.inputs[0], shape)
+    axes = record.eqn.params["axes"]
+    return (
+        before[0] * math.prod(shape[axis] for axis in axes),
+        before[1] * math.prod(small[axis] for axis in axes),
+    )
+
+
+def _counted(
+    record: Record, held: Sequence[tuple[int, int] | None]
+) -> tuple[int, Any] | None:
+    """(operand, number) of the literal in a division or product, if it counts terms."""
+    places = (1,) if record.name == "div" else (0, 1)
+    for place in places:
+        atom, count = record.eqn.invars[place], held[1 - place]
+        if count is None or count[0] == count[1] or not _literal(atom):
+            continue
+        if np.ndim(atom.val):
+            continue
+        full, kept = count
+        if record.name == "div" and full - atom.val in (0, 1):
+            return place, _as(atom, kept - (full - atom.val))
+        if record.name == "mul" and np.isclose(atom.val * full, 1.0, rtol=1e-6):
+            return place, _as(atom, 1.0 / kept)
+    return None
+
+
+def _as(atom: Any, number: Any) -> Any:
+    return np.asarray(number, atom.aval.dtype)[()]

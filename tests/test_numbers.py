@@ -1,0 +1,243 @@
+"""Numbers that a source computes from a width: made up for, or the group stays whole.
+
+The reference is the original itself with zeros for the removed channels' weights, which
+knows nothing of what the slim program computes.
+"""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune import trees
+
+TOKENS = jax.random.normal(jax.random.key(1), (2, 6, 5))
+WORDS = jax.random.randint(jax.random.key(2), (2, 6), 0, 16)
+FOLDED, WHOLE = {}, {}
+
+
+def case(found, x=TOKENS):
+    """Registers the body of a compact module; its first group loses channels."""
+
+    def register(body):
+        call = nn.compact(lambda self, x: body(x))
+        call.__name__ = "__call__"
+        found[body.__name__] = type("Net", (nn.Module,), {"__call__": call})(), x
+        return body
+
+    return register
+
+
+def dense(x, name, features=12):
+    return nn.Dense(features, name=name)(x)
+
+
+def attend(scores, values):
+    return nn.Dense(3, name="o")(nn.softmax(scores) @ values)
+
+
+@case(FOLDED)
+def convolved(x):
+    """Queries and keys made by convolutions (the attention of diffusion networks)."""
+    q, k = (nn.Conv(12, (3,), name=n)(x) for n in "qk")
+    return attend(q @ k.swapaxes(1, 2) * q.shape[-1] ** -0.5, dense(x, "v", 5))
+
+
+@case(FOLDED)
+def keys_that_are_values(x):
+    """Only the queries can take the factor."""
+    q, k = dense(x, "q"), dense(x, "k")
+    return attend(q @ k.swapaxes(1, 2) / jnp.sqrt(q.shape[-1]), k)
+
+
+@case(FOLDED)
+def divided_after_relu(x):
+    h = nn.relu(dense(x, "q"))
+    return dense(h / h.shape[-1], "o", 3)
+
+
+@case(FOLDED)
+def beside_dead_code(x):
+    q, k = dense(x, "q"), dense(x, "k")
+    _ = jnp.zeros(q.shape) + q.std()
+    return attend(q @ k.swapaxes(1, 2) / jnp.sqrt(q.shape[-1]), dense(x, "v", 5))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        att = nn.MultiHeadDotProductAttention(1, qkv_features=12, name="q")
+        return x + att(x, x), None
+
+
+@case(FOLDED)
+def shared_by_the_rounds_of_a_scan(x):
+    scan = nn.scan(
+        Layer, variable_broadcast="params", split_rngs={"params": False}, length=2
+    )
+    return dense(scan(name="layer")(x, None)[0], "o", 3)
+
+
+@case(WHOLE)
+def states_after_tanh(x):
+    h = jnp.tanh(dense(x, "q"))
+    return attend(h @ h.swapaxes(1, 2) / h.shape[-1] ** 0.5, h)
+
+
+@case(WHOLE, WORDS)
+def a_tied_table(x):
+    table = nn.Embed(16, 12, name="q")
+    x = table(x)
+    return table.attend(x * jnp.sqrt(x.shape[-1]))
+
+
+@case(WHOLE)
+def a_branch_on_a_width(x):
+    h = jnp.sin(dense(x, "q"))
+    return dense(h * (2.0 if h.shape[-1] > 8 else 0.5), "o", 3)
+
+
+@case(WHOLE)
+def inside_a_loop(x):
+    def step(_, h):
+        return h + jnp.sin(h) / h.shape[-1]
+
+    return dense(jax.lax.fori_loop(0, 3, step, dense(x, "q")), "o", 3)
+
+
+@case(WHOLE)
+def rounds_of_a_loop(x):
+    h = dense(x, "q")
+    state = jax.lax.while_loop(
+        lambda c: c[0] < c[1],
+        lambda c: (c[0] + 1, c[1], jnp.sin(c[2]) * 1.1),
+        (0, h.shape[-1], h),
+    )
+    return dense(state[2], "o", 3)
+
+
+@case(WHOLE)
+def an_argument_of_a_jitted_function(x):
+    h = jnp.abs(dense(x, "q"))
+    return dense(jax.jit(lambda h, n: h * n)(h, h.shape[-1]), "o", 3)
+
+
+@case(WHOLE)
+def inside_a_branch(x):
+    q, k = dense(x, "q"), dense(x, "k")
+    scores = jax.lax.cond(
+        x.sum() > -1e9,
+        lambda q, k: q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]),
+        lambda q, k: q @ k.swapaxes(1, 2),
+        q,
+        k,
+    )
+    return attend(scores, dense(x, "v", 5))
+
+
+def _made(model, x):
+    variables = model.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, variables)
+    graph = jp.trace(model, variables, x)
+    group = next(g for g in graph.groups if any("/q" in s.path for s in g.slots))
+    return variables, graph, group, {group.name: np.arange(group.size // 3)}
+
+
+def _silenced(variables, group, kept):
+    leaves = {path: np.array(leaf) for path, leaf in trees.flatten(variables).items()}
+    gone = np.setdiff1d(np.arange(group.size), kept)
+    for slot in group.slots:
+        rows = slot.index[gone].ravel()
+        np.moveaxis(leaves[slot.path], slot.axis, 0)[rows] = 0
+    return trees.replace(variables, leaves)
+
+
+@pytest.mark.parametrize("name", list(FOLDED))
+def test_weights_make_up_for_the_number(name):
+    model, x = FOLDED[name]
+    variables, graph, group, plan = _made(model, x)
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {} and slim.report["rescaled"]
+    expected = model.apply(_silenced(variables, group, plan[group.name]), x)
+    found = slim.model.apply(slim.variables, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert jp.verify(graph, plan, x) < 1e-4
+
+
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_what_nothing_makes_up_for_stays_whole(name):
+    model, x = WHOLE[name]
+    variables, graph, group, plan = _made(model, x)
+    slim = jp.shrink(graph, plan)
+    assert "number that the source computes" in slim.report["left_whole"][group.name]
+    np.testing.assert_allclose(
+        slim.model.apply(slim.variables, x), model.apply(variables, x), rtol=1e-5
+    )
+    # A replay keeps the number.
+    replayed = jp.shrink(graph, plan, replay=True)
+    expected = model.apply(_silenced(variables, group, plan[group.name]), x)
+    np.testing.assert_allclose(
+        replayed.model(replayed.variables, x), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda h: h.sum(-1, keepdims=True) / h.shape[-1],
+        lambda h: h.sum(-1, keepdims=True) * (1 / h.shape[-1]),
+        lambda h: h.var(-1, keepdims=True, ddof=1),
+        lambda h: jnp.mean(jnp.square(h), (1, 2), keepdims=True),
+    ],
+)
+def test_means_are_of_the_channels_that_are_left(mean):
+    def model(params, x):
+        h = jnp.tanh(x @ params["a"])
+        return (h - mean(h)) @ params["b"]
+
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "a": jax.random.normal(keys[0], (5, 9)),
+        "b": jax.random.normal(keys[1], (9, 3)),
+    }
+    graph = jp.trace(model, params, TOKENS)
+    plan = {graph.groups[0].name: [0, 3, 4, 8]}
+    slim, replayed = (jp.shrink(graph, plan, replay=r) for r in (False, True))
+    assert slim.report["left_whole"] == {}
+    np.testing.assert_allclose(
+        slim.model(slim.variables, TOKENS),
+        replayed.model(replayed.variables, TOKENS),
+        atol=1e-5,
+    )
+    assert jp.verify(graph, plan, TOKENS) < 1e-5
+
+
+def _two_outputs(params, x):
+    h = nn.relu(x @ params["a"]) @ params["b"]
+    return {"ids": jnp.full((4,), 16383), "made": jax.lax.complex(h, 2 * h)}
+
+
+@pytest.mark.parametrize("wrong", [lambda o: o.real + 0j, lambda o: 0.99 * o])
+def test_every_output_is_proven_at_its_own_scale(monkeypatch, wrong):
+    """Large indices beside it and imaginary parts hide nothing."""
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "a": jax.random.normal(keys[0], (5, 9)),
+        "b": jax.random.normal(keys[1], (9, 3)),
+    }
+    graph = jp.trace(_two_outputs, params, TOKENS)
+    assert jp.verify(graph, {"a": [0, 3, 4]}, TOKENS) < 1e-4
+    module = importlib.import_module("jaxprune.verify")
+    own = module.masked_outputs
+
+    def broken(*args, **options):
+        outputs = own(*args, **options)
+        return [wrong(o) if jnp.iscomplexobj(o) else o for o in outputs]
+
+    monkeypatch.setattr(module, "masked_outputs", broken)
+    with pytest.raises(jp.PruneError, match="differs from the masked original"):
+        jp.verify(graph, {"a": [0, 3, 4]}, TOKENS)
