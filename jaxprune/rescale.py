@@ -4,8 +4,9 @@ The source recomputes such a constant from the slim arrays, which changes the fu
 after a query/key width shrinks from D to D', scores are divided by sqrt(D') instead of
 sqrt(D). Where the operand of such a factor is linear in some kernels that nothing else
 reads, those kernels (and biases, or the scales of a norm in between) take the factor
-sqrt(D'/D), and the slim model equals the masked original exactly. Where it is not, the
-static check refuses the plan.
+sqrt(D'/D), and the slim model equals the masked original exactly. Where it is not, what
+its result is multiplied with next may take it. Where nothing can, the static check
+refuses the plan.
 """
 
 # JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
@@ -83,7 +84,9 @@ def fold_constants(
                 continue
             by = old / new if name == "mul" else new / old
             push = _pushed(wiring, graph.records, (site, 1 - place), other, taken)
-            if push is not None:
+            if push is None:
+                push = _passed_on(wiring, graph.records, (site[:-1], eqn.outvars[0]))
+            if push is not None and not taken & push.touched:
                 factors += [Factor(path, by, part) for path, part in push.leaves]
                 folded |= sites
                 taken |= push.touched
@@ -144,6 +147,7 @@ def _read_once(wiring: Wiring, key: Key | None) -> bool:
     return all(_read_once(wiring, k) for k in wiring.operands(site))
 
 
+_LAYOUTS = frozenset(("reshape", "broadcast_in_dim", "transpose", "squeeze", "slice"))
 _SAME = frozenset(
     (
         *("neg", "convert_element_type", "copy", "copy_p", "stop_gradient"),
@@ -179,6 +183,14 @@ def _pushed(
         script = [pick for pick, _ in choices]
         script[-1] += 1
     return None
+
+
+def _passed_on(
+    wiring: Wiring, records: Mapping[Site, Record], key: Key
+) -> _Push | None:
+    """A push into whatever the array is multiplied with next, or None."""
+    push = _Push(wiring, records)
+    return push if push.onward(key) and push.closed() else None
 
 
 @dataclass(eq=False)
@@ -221,6 +233,25 @@ class _Push:
             return True
         self._restore(before)
         return False
+
+    def onward(self, key: Key) -> bool:
+        """True if all that reads the array can take its factor from elsewhere: the
+        kernels it is multiplied with, the scales of a norm."""
+        readers = self.wiring.readers[key]
+        for site, place in readers:
+            if site == OPAQUE:
+                return False
+            eqn = self.wiring.equations[site]
+            name = eqn.primitive.name
+            if name in ("mul", "dot_general", "conv_general_dilated"):
+                followed = self._push(site, 1 - place, None)
+            elif name in _SAME or name in _LAYOUTS:
+                followed = self.onward((site[:-1], eqn.outvars[0]))
+            else:
+                followed = False
+            if not followed:
+                return False
+        return bool(readers)
 
     def closed(self) -> bool:
         """True if nothing reads a scaled part but what was pushed through."""

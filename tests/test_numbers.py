@@ -82,6 +82,28 @@ def shared_by_the_rounds_of_a_scan(x):
     return dense(scan(name="layer")(x, None)[0], "o", 3)
 
 
+@case(FOLDED)
+def a_branch_on_a_width(x):
+    h = jnp.sin(dense(x, "q"))
+    return dense(h * (2.0 if h.shape[-1] > 8 else 0.5), "o", 3)
+
+
+@case(FOLDED)
+def a_norm_of_length_sqrt_d(x):
+    """RMS normalisation written as a direction times sqrt(d), then a scale."""
+    h = dense(x, "q")
+    h = h / jnp.linalg.norm(h, axis=-1, keepdims=True) * h.shape[-1] ** 0.5
+    return dense(nn.relu(h * nn.Embed(2, 12, name="scale")(jnp.array(0))), "o", 3)
+
+
+@case(WHOLE)
+def scores_of_directions(x):
+    """Nothing follows but a softmax."""
+    h = dense(x, "q")
+    h = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
+    return attend(h @ h.swapaxes(1, 2) * jnp.sqrt(h.shape[-1]), dense(x, "v", 5))
+
+
 @case(WHOLE)
 def states_after_tanh(x):
     h = jnp.tanh(dense(x, "q"))
@@ -93,12 +115,6 @@ def a_tied_table(x):
     table = nn.Embed(16, 12, name="q")
     x = table(x)
     return table.attend(x * jnp.sqrt(x.shape[-1]))
-
-
-@case(WHOLE)
-def a_branch_on_a_width(x):
-    h = jnp.sin(dense(x, "q"))
-    return dense(h * (2.0 if h.shape[-1] > 8 else 0.5), "o", 3)
 
 
 @case(WHOLE)
