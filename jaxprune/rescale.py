@@ -339,6 +339,8 @@ class _Push:
                 parts = conv_regions(eqn, len(out), region)
             options = [(place, parts[place]) for place in (1, 0)]
             return self._either(site, [o for o in options if o[1] is not NOWHERE])
+        if name in ("gather", "dynamic_slice") and region is None:
+            return self._push(site, 0, None)
         if name == "max" and any(map(is_zero, eqn.invars)):  # relu(c x) = c relu(x)
             return self._push(site, int(is_zero(eqn.invars[0])), region)
         if name == "concatenate":
