@@ -119,7 +119,8 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
     except Exception as error:
         raise EmissionError(
             "the slim model cannot be traced, because a size in its source did not "
-            f"follow its arrays: {str(error).splitlines()[0]}; keep that group whole"
+            "follow its arrays, or a comparison of sizes came out otherwise: "
+            f"{str(error).splitlines()[0]}; keep that group whole"
         ) from error
     literals: dict[Site, Any] = {}
     _align(graph, mask, graph.closed, slim, (), literals)
