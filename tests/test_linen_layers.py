@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from zoo import half_plan, random_variables, tree_shapes
 
 import jaxprune as jp
 from jaxprune.graph import interpret
@@ -197,34 +197,7 @@ def _make(name):
     make, shape, *call = LAYERS[name]
     model = _Between(make, *call)
     x = jax.random.normal(jax.random.key(1), shape)
-    return model, _variables(model, x), x
-
-
-def _variables(model, x, seed=0):
-    """Random variables; nothing is compiled to make them."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        value = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[:-1] or (1,)))
-        if jax.tree_util.keystr(path).rstrip("].'value").endswith(("scale", "var")):
-            value = 0.5 + np.abs(value)
-        return jnp.asarray(value, leaf.dtype)
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def _half(graph, seed=0):
-    """A plan that removes half of every group."""
-    rng = np.random.default_rng(seed)
-    return {
-        group.name: np.sort(rng.permutation(group.size)[: max(1, group.size // 2)])
-        for group in graph.groups
-    }
-
-
-def _shapes(tree):
-    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+    return model, random_variables(model, x), x
 
 
 # Widths that the source states to a transformation: groups that stay whole.
@@ -235,75 +208,13 @@ WHOLE = {"vmapped": {"_Experts_0/VmapDense_0"}}
 def test_every_layer_follows_its_arrays(name):
     model, variables, x = _make(name)
     graph = jp.trace(model, variables, x)
-    plan = _half(graph)
+    plan = half_plan(graph)
     slim = jp.shrink(graph, plan)
     assert len(graph.groups) >= 1
     assert set(slim.report["left_whole"]) == WHOLE.get(name, set())
     assert jp.verify(graph, plan, x) < 1e-5
     fresh = jax.eval_shape(slim.model.init, jax.random.key(0), x)
-    assert _shapes(fresh) == _shapes(slim.variables)
-
-
-class _Net(nn.Module):
-    """Statistics, dropout, partitioned parameters, a remat, own state, all at once."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-        x = nn.remat(nn.Dense)(16, kernel_init=init, name="up")(x)
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
-        x = nn.Dropout(0.2, deterministic=not train)(nn.relu(x))
-        count = self.variable("state", "calls", jnp.zeros, (16,))
-        if train:
-            count.value = count.value + 1
-        x = x * (1 + 0 * count.value)
-        return nn.Dense(3, kernel_init=init, name="down")(x)
-
-
-def test_a_slim_module_trains_and_keeps_its_collections():
-    model, x = _Net(), jax.random.normal(jax.random.key(0), (32, 5))
-    y = jnp.argmax(x[:, :3], -1)
-    variables = model.init(jax.random.key(1), x)
-    graph = jp.trace(model, variables, x)
-    (group,) = graph.groups
-    plan = {group.name: np.array([1, 2, 5, 7, 8, 15])}
-    slim = jp.shrink(graph, plan)
-    assert slim.report["left_whole"] == {}
-    assert jp.verify(graph, plan, x) < 1e-6
-    # The boxes that say how parameters are partitioned are still there.
-    kernel = slim.variables["params"]["up"]["kernel"]
-    assert isinstance(kernel, nn.Partitioned) and kernel.names == (None, "model")
-    assert kernel.value.shape == (5, 6)
-    assert nn.get_partition_spec(slim.variables) == nn.get_partition_spec(variables)
-    fresh = slim.model.init(jax.random.key(1), x)
-    assert jax.tree.structure(fresh) == jax.tree.structure(slim.variables)
-    assert _shapes(fresh) == _shapes(slim.variables)
-
-    def loss(params, rest, key):
-        logits, changed = slim.model.apply(
-            {"params": params, **rest},
-            x,
-            train=True,
-            mutable=["batch_stats", "state"],
-            rngs={"dropout": key},
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return losses.mean(), changed
-
-    rest = {k: v for k, v in slim.variables.items() if k != "params"}
-    params = slim.variables["params"]
-    optimizer = optax.adam(3e-2)
-    state = optimizer.init(params)
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    losses = []
-    for k in range(30):
-        (value, rest), grads = step(params, rest, jax.random.key(k))
-        updates, state = optimizer.update(grads, state)
-        params = optax.apply_updates(params, updates)
-        losses.append(float(value))
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
-    np.testing.assert_array_equal(rest["state"]["calls"], np.full(6, 30.0))
-    assert np.abs(rest["batch_stats"]["norm"]["mean"]).max() > 0
+    assert tree_shapes(fresh) == tree_shapes(slim.variables)
 
 
 class _Unscaled(nn.Module):
@@ -326,7 +237,7 @@ class _Unscaled(nn.Module):
 def test_groups_of_a_norm_without_arrays_follow(make, tmp_path):
     model = _Between(make)
     x = jax.random.normal(jax.random.key(1), IMAGE)
-    variables = _variables(model, x)
+    variables = random_variables(model, x)
     graph = jp.trace(model, variables, x)
     assert {g.name: g.size for g in graph.groups} == {"before": 4, "before.1": 2}
     for plan in (
@@ -348,103 +259,10 @@ def test_a_width_that_no_array_tells_is_left_whole(monkeypatch):
     monkeypatch.setattr(interpret, "scope_of", lambda eqn: "")  # as without Linen
     model = _Between(lambda: nn.GroupNorm(4, use_bias=False, use_scale=False))
     x = jax.random.normal(jax.random.key(1), IMAGE)
-    variables = _variables(model, x)
+    variables = random_variables(model, x)
     graph = jp.trace(model, variables, x)
     assert {g.name: g.size for g in graph.groups} == {"before": 4, "before.1": 2}
     slim = jp.shrink(graph, {"before": [1, 3], "before.1": [0]})
     assert list(slim.report["left_whole"]) == ["before"]
     assert "did not follow" in slim.report["left_whole"]["before"]
     assert jp.verify(graph, slim.plan, x) < 1e-5
-
-
-def test_the_users_module_is_not_touched():
-    layer = nn.RNN(nn.LSTMCell(7))
-    model, x = nn.Sequential([nn.Dense(8), layer, nn.Dense(2)]), jnp.ones(SEQUENCE)
-    graph = jp.trace(model, _variables(model, x), x)
-    slim = jp.shrink(graph, _half(graph))
-    out = slim.model.apply(slim.variables, x)
-    assert out.shape == (2, 6, 2)
-    assert layer.cell.features == 7 and "param" not in vars(layer.cell)
-    full = model.apply(graph.variables, x)
-    assert full.shape == out.shape
-    # A model pruned before can be pruned again.
-    again = jp.trace(slim.model, slim.variables, x)
-    assert [g.size for g in again.groups] == [4, 3]
-    assert jp.verify(again, _half(again), x) < 1e-5
-
-
-class _Named(nn.Module):
-    """Layers that bear the names of the wrapper's own fields."""
-
-    names: tuple[str, ...]
-
-    @nn.compact
-    def __call__(self, x):
-        for name in self.names:
-            x = nn.relu(nn.Dense(8, name=name)(x))
-        return nn.Dense(3)(x)
-
-
-def test_layers_may_bear_any_name():
-    model = _Named(("inner", "shapes", "settings", "model", "module"))
-    x = jax.random.normal(jax.random.key(0), (4, 5))
-    variables = model.init(jax.random.key(1), x)
-    graph = jp.trace(model, variables, x)
-    assert len(graph.groups) == 5
-    slim = jp.shrink(graph, {group.name: np.arange(4) for group in graph.groups})
-    assert slim.model.apply(slim.variables, x).shape == (4, 3)
-    assert slim.variables["params"]["inner"]["kernel"].shape == (5, 4)
-
-
-class _Encoder(nn.Module):
-    """A module of which a method is called."""
-
-    def setup(self):
-        self.first, self.second, self.last = nn.Dense(12), nn.Dense(10), nn.Dense(3)
-
-    def encode(self, x):
-        return self.second(nn.relu(self.first(x)))
-
-    def __call__(self, x):
-        return self.last(nn.relu(self.encode(x)))
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda m, v, x: m.apply(v, x, method="encode"),
-        lambda m, v, x: m.apply(v, x, method=m.encode),
-        lambda m, v, x: m.apply(v, x, method=_Encoder.encode),
-        lambda m, v, x: m.bind(v).encode(x),
-        lambda m, v, x: m.apply(v, x, method=lambda m, x: m.second(m.first(x))),
-    ],
-)
-def test_the_call_may_be_of_any_method(call):
-    model, x = _Encoder(), jax.random.normal(jax.random.key(1), (4, 5))
-    variables = _variables(model, x)
-    graph = jp.trace(model, variables, x, apply=call)
-    assert [g.name for g in graph.groups] == ["first"]
-    plan = {"first": [0, 2, 7]}
-    slim = jp.shrink(graph, plan)
-    assert slim.report["left_whole"] == {}
-    assert jp.verify(graph, plan, x) < 1e-5
-
-
-def test_a_slim_module_has_the_methods_of_the_users():
-    model, x = _Encoder(), jax.random.normal(jax.random.key(1), (4, 5))
-    variables = _variables(model, x)
-    slim = jp.shrink(jp.trace(model, variables, x), {"first": [0, 2, 7]})
-    module, found = slim.model, slim.model.apply(slim.variables, x, method="encode")
-    silent = jax.tree.map(lambda leaf: leaf, variables)
-    kernel = silent["params"]["second"]["kernel"]
-    gone = np.setdiff1d(np.arange(12), [0, 2, 7])
-    silent["params"]["second"]["kernel"] = kernel.at[gone].set(0.0)
-    expected = model.apply(silent, x, method="encode")
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    bound = module.bind(slim.variables)
-    np.testing.assert_array_equal(bound.encode(x), found)
-    np.testing.assert_array_equal(
-        module.apply(slim.variables, x, method=module.encode), found
-    )
-    with pytest.raises(AttributeError, match="decode"):
-        module.decode  # noqa: B018

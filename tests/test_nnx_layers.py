@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from nnx_zoo import Between, Layer, moved
+from zoo import half_plan
 
 import jaxprune as jp
 
@@ -182,21 +183,12 @@ def _make(name):
     return moved(model), jax.random.normal(jax.random.key(1), shape)
 
 
-def _half(graph, seed=0):
-    """A plan that removes half of every group."""
-    rng = np.random.default_rng(seed)
-    return {
-        group.name: np.sort(rng.permutation(group.size)[: max(1, group.size // 2)])
-        for group in graph.groups
-    }
-
-
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_every_layer_follows_its_arrays(name):
     model, x = _make(name)
     graph = jp.trace(model, x)
     assert len(graph.groups) >= 1
-    plan = _half(graph)
+    plan = half_plan(graph)
     slim = jp.shrink(graph, plan)
     assert slim.report["left_whole"] == {}
     assert jp.verify(graph, plan, x) < 1e-5

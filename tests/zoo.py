@@ -85,3 +85,31 @@ def moments_of(x: np.ndarray, y: np.ndarray, split: int = 512) -> mom.Moments:
             np.asarray(y[start : start + split], np.float32),
         )
     return m
+
+
+def random_variables(model: Any, x: Any, seed: int = 0) -> Any:
+    """Random variables; nothing is compiled to make them."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[:-1] or (1,)))
+        if jax.tree_util.keystr(path).rstrip("].'value").endswith(("scale", "var")):
+            value = 0.5 + np.abs(value)
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def half_plan(graph: Any, seed: int = 0) -> dict[str, np.ndarray]:
+    """A plan that removes half of every group."""
+    rng = np.random.default_rng(seed)
+    return {
+        group.name: np.sort(rng.permutation(group.size)[: max(1, group.size // 2)])
+        for group in graph.groups
+    }
+
+
+def tree_shapes(tree: Any) -> Any:
+    """The tree with shapes for arrays."""
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)

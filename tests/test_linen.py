@@ -1,0 +1,166 @@
+"""Slim Linen modules live on: training, collections, names, other methods."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from zoo import half_plan, random_variables, tree_shapes
+
+import jaxprune as jp
+
+
+class _Net(nn.Module):
+    """Statistics, dropout, partitioned parameters, a remat, own state, all at once."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        x = nn.remat(nn.Dense)(16, kernel_init=init, name="up")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = nn.Dropout(0.2, deterministic=not train)(nn.relu(x))
+        count = self.variable("state", "calls", jnp.zeros, (16,))
+        if train:
+            count.value = count.value + 1
+        x = x * (1 + 0 * count.value)
+        return nn.Dense(3, kernel_init=init, name="down")(x)
+
+
+def test_a_slim_module_trains_and_keeps_its_collections():
+    model, x = _Net(), jax.random.normal(jax.random.key(0), (32, 5))
+    y = jnp.argmax(x[:, :3], -1)
+    variables = model.init(jax.random.key(1), x)
+    graph = jp.trace(model, variables, x)
+    (group,) = graph.groups
+    plan = {group.name: np.array([1, 2, 5, 7, 8, 15])}
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, plan, x) < 1e-6
+    # The boxes that say how parameters are partitioned are still there.
+    kernel = slim.variables["params"]["up"]["kernel"]
+    assert isinstance(kernel, nn.Partitioned) and kernel.names == (None, "model")
+    assert kernel.value.shape == (5, 6)
+    assert nn.get_partition_spec(slim.variables) == nn.get_partition_spec(variables)
+    fresh = slim.model.init(jax.random.key(1), x)
+    assert jax.tree.structure(fresh) == jax.tree.structure(slim.variables)
+    assert tree_shapes(fresh) == tree_shapes(slim.variables)
+
+    def loss(params, rest, key):
+        logits, changed = slim.model.apply(
+            {"params": params, **rest},
+            x,
+            train=True,
+            mutable=["batch_stats", "state"],
+            rngs={"dropout": key},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses.mean(), changed
+
+    rest = {k: v for k, v in slim.variables.items() if k != "params"}
+    params = slim.variables["params"]
+    optimizer = optax.adam(3e-2)
+    state = optimizer.init(params)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    losses = []
+    for k in range(30):
+        (value, rest), grads = step(params, rest, jax.random.key(k))
+        updates, state = optimizer.update(grads, state)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(value))
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    np.testing.assert_array_equal(rest["state"]["calls"], np.full(6, 30.0))
+    assert np.abs(rest["batch_stats"]["norm"]["mean"]).max() > 0
+
+
+def test_the_users_module_is_not_touched():
+    layer = nn.RNN(nn.LSTMCell(7))
+    model, x = nn.Sequential([nn.Dense(8), layer, nn.Dense(2)]), jnp.ones((2, 6, 5))
+    graph = jp.trace(model, random_variables(model, x), x)
+    slim = jp.shrink(graph, half_plan(graph))
+    out = slim.model.apply(slim.variables, x)
+    assert out.shape == (2, 6, 2)
+    assert layer.cell.features == 7 and "param" not in vars(layer.cell)
+    full = model.apply(graph.variables, x)
+    assert full.shape == out.shape
+    # A model pruned before can be pruned again.
+    again = jp.trace(slim.model, slim.variables, x)
+    assert [g.size for g in again.groups] == [4, 3]
+    assert jp.verify(again, half_plan(again), x) < 1e-5
+
+
+class _Named(nn.Module):
+    """Layers that bear the names of the wrapper's own fields."""
+
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for name in self.names:
+            x = nn.relu(nn.Dense(8, name=name)(x))
+        return nn.Dense(3)(x)
+
+
+def test_layers_may_bear_any_name():
+    model = _Named(("inner", "shapes", "settings", "model", "module"))
+    x = jax.random.normal(jax.random.key(0), (4, 5))
+    variables = model.init(jax.random.key(1), x)
+    graph = jp.trace(model, variables, x)
+    assert len(graph.groups) == 5
+    slim = jp.shrink(graph, {group.name: np.arange(4) for group in graph.groups})
+    assert slim.model.apply(slim.variables, x).shape == (4, 3)
+    assert slim.variables["params"]["inner"]["kernel"].shape == (5, 4)
+
+
+class _Encoder(nn.Module):
+    """A module of which a method is called."""
+
+    def setup(self):
+        self.first, self.second, self.last = nn.Dense(12), nn.Dense(10), nn.Dense(3)
+
+    def encode(self, x):
+        return self.second(nn.relu(self.first(x)))
+
+    def __call__(self, x):
+        return self.last(nn.relu(self.encode(x)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, v, x: m.apply(v, x, method="encode"),
+        lambda m, v, x: m.apply(v, x, method=m.encode),
+        lambda m, v, x: m.apply(v, x, method=_Encoder.encode),
+        lambda m, v, x: m.bind(v).encode(x),
+        lambda m, v, x: m.apply(v, x, method=lambda m, x: m.second(m.first(x))),
+    ],
+)
+def test_the_call_may_be_of_any_method(call):
+    model, x = _Encoder(), jax.random.normal(jax.random.key(1), (4, 5))
+    variables = random_variables(model, x)
+    graph = jp.trace(model, variables, x, apply=call)
+    assert [g.name for g in graph.groups] == ["first"]
+    plan = {"first": [0, 2, 7]}
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, plan, x) < 1e-5
+
+
+def test_a_slim_module_has_the_methods_of_the_users():
+    model, x = _Encoder(), jax.random.normal(jax.random.key(1), (4, 5))
+    variables = random_variables(model, x)
+    slim = jp.shrink(jp.trace(model, variables, x), {"first": [0, 2, 7]})
+    module, found = slim.model, slim.model.apply(slim.variables, x, method="encode")
+    silent = jax.tree.map(lambda leaf: leaf, variables)
+    kernel = silent["params"]["second"]["kernel"]
+    gone = np.setdiff1d(np.arange(12), [0, 2, 7])
+    silent["params"]["second"]["kernel"] = kernel.at[gone].set(0.0)
+    expected = model.apply(silent, x, method="encode")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    bound = module.bind(slim.variables)
+    np.testing.assert_array_equal(bound.encode(x), found)
+    np.testing.assert_array_equal(
+        module.apply(slim.variables, x, method=module.encode), found
+    )
+    with pytest.raises(AttributeError, match="decode"):
+        module.decode  # noqa: B018
