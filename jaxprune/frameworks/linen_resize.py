@@ -60,8 +60,9 @@ class Resized(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The other methods of the user's module, for `apply(..., method="encode")`."""
-        module = vars(self).get("jaxprune_module")
-        if name.startswith("_") or not callable(getattr(type(module), name, None)):
+        kind = type(vars(self).get("jaxprune_module"))
+        field = name in getattr(kind, "__dataclass_fields__", ())
+        if field or name.startswith("_") or not callable(getattr(kind, name, None)):
             return super().__getattr__(name)
 
         def method(self: Resized, *args: Any, **kwargs: Any) -> Any:
