@@ -4,8 +4,8 @@
     python benchmarks/graph_speed.py --models=resnet50,vit_b16,densenet121 --torch
 
 Each network is measured in a process of its own, at 224 px, with abstract variables,
-on a plan that keeps every second channel of every group. CPU seconds (user and system)
-are those of one core; "program" is the share of `trace` that Flax and JAX take to make
+on a plan that keeps every second channel of every group, once to warm up and then three
+times. CPU seconds (user and system) are medians of one core; "program" is the share of `trace` that Flax and JAX take to make
 the jaxpr, which `shrink` needs a second time for its static check. "memory" is what the
 peak of the process grows by, "weights" the bytes the variables would take.
 
@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +37,7 @@ from jaxprune.models.resnet import resnet_imagenet
 from jaxprune.models.vit import vit
 
 PIXELS = 224
+ROUNDS = 3
 
 
 class DenseNet(nn.Module):
@@ -82,23 +85,29 @@ def measure(name: str) -> dict[str, Any]:
     model = create(name)
     x = jax.ShapeDtypeStruct((1, PIXELS, PIXELS, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    start = time.process_time()
-    jax.make_jaxpr(lambda v, i: model.apply(v, i))(variables, x)
-    program = time.process_time() - start
+
+    def program() -> Any:  # of a new function each time: JAX keeps those of old ones
+        return jax.make_jaxpr(lambda v, i: model.apply(v, i))(variables, x)
+
+    program()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    graph = jp.trace(model, variables, x)
-    traced = time.process_time() - start
-    plan = {group.name: np.arange(0, group.size, 2) for group in graph.groups}
-    start = time.process_time()
-    slim = jp.shrink(graph, plan)
-    shrunk = time.process_time() - start
+    seconds: dict[str, list[float]] = {"program": [], "trace": [], "shrink": []}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        found = call()
+        seconds[name].append(time.process_time() - start)
+        return found
+
+    for _ in range(ROUNDS):
+        timed("program", program)
+        graph = timed("trace", lambda: jp.trace(model, variables, x))
+        plan = {group.name: np.arange(0, group.size, 2) for group in graph.groups}
+        slim = timed("shrink", lambda g=graph, p=plan: jp.shrink(g, p))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     return {
         "groups": len(graph.groups),
-        "program": program,
-        "trace": traced,
-        "shrink": shrunk,
+        **{name: statistics.median(values) for name, values in seconds.items()},
         "memory_mb": grown / 1024,
         "weights_mb": graph.cost("bytes") / 2**20,
         "left_whole": len(slim.report["left_whole"]),

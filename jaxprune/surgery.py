@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxprune.check import align, follow, slim_handle
+from jaxprune.collection import uncollected
 from jaxprune.frameworks.replay import check_replay
 from jaxprune.frameworks.replay import replay as replayed
 from jaxprune.graph import ChannelGraph
@@ -14,6 +15,7 @@ from jaxprune.rescale import Folded, rescale
 from jaxprune.slicing import keep_indices, slice_variables
 
 
+@uncollected()
 def shrink(
     graph: ChannelGraph,
     plan: Plan | Mapping[str, Any],

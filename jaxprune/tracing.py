@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxprune import trees
+from jaxprune.collection import uncollected
 from jaxprune.errors import GraphError
 from jaxprune.frameworks import NnxHandle, handle_of
 from jaxprune.graph import ChannelGraph, Outputs, build
 
 
+@uncollected()
 def trace(
     model: Any,
     variables: Any,
