@@ -7,7 +7,7 @@ Each network is measured in a process of its own, at 224 px, with abstract varia
 on a plan that keeps every second channel of every group, once to warm up and then three
 times. CPU seconds (user and system) are medians of one core; "program" is the share of `trace` that Flax and JAX take to make
 the jaxpr, which `shrink` needs a second time for its static check. "memory" is what the
-peak of the process grows by, "weights" the bytes the variables would take.
+peak of the process grows by in the first round, "weights" the bytes the variables would take.
 
 `--torch` measures Torch-Pruning's build and step on the same networks, written in
 PyTorch; it needs `pip install torch==2.13.0 torch-pruning==1.6.1`, in an environment
@@ -99,12 +99,14 @@ def measure(name: str) -> dict[str, Any]:
         seconds[name].append(time.process_time() - start)
         return found
 
-    for _ in range(ROUNDS):
+    grown = 0
+    for k in range(ROUNDS):
         timed("program", program)
         graph = timed("trace", lambda: jp.trace(model, variables, x))
         plan = {group.name: np.arange(0, group.size, 2) for group in graph.groups}
         slim = timed("shrink", lambda g=graph, p=plan: jp.shrink(g, p))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+        if k == 0:
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     return {
         "groups": len(graph.groups),
         **{name: statistics.median(values) for name, values in seconds.items()},
