@@ -5,9 +5,10 @@
 
 Each network is measured in a process of its own, at 224 px, with abstract variables,
 on a plan that keeps every second channel of every group, once to warm up and then three
-times. CPU seconds (user and system) are medians of one core; "program" is the share of `trace` that Flax and JAX take to make
-the jaxpr, which `shrink` needs a second time for its static check. "memory" is what the
-peak of the process grows by in the first round, "weights" the bytes the variables would take.
+times. CPU seconds (user and system) are medians of one core; "program" is what Flax and
+JAX take to make the jaxpr, most of `trace`, which `shrink` needs a second time for its
+static check. "memory" is what the peak of the process grows by in the first round,
+"weights" the bytes the variables would take.
 
 `--torch` measures Torch-Pruning's build and step on the same networks, written in
 PyTorch; it needs `pip install torch==2.13.0 torch-pruning==1.6.1`, in an environment
