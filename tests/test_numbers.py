@@ -205,7 +205,6 @@ def test_what_nothing_makes_up_for_stays_whole(name):
     "mean",
     [
         lambda h: h.sum(-1, keepdims=True) / h.shape[-1],
-        lambda h: h.sum(-1, keepdims=True) * (1 / h.shape[-1]),
         lambda h: h.var(-1, keepdims=True, ddof=1),
         lambda h: jnp.mean(jnp.square(h), (1, 2), keepdims=True),
     ],
@@ -230,6 +229,30 @@ def test_means_are_of_the_channels_that_are_left(mean):
         atol=1e-5,
     )
     assert jp.verify(graph, plan, TOKENS) < 1e-5
+
+
+def test_a_number_that_equals_a_count_by_chance_stays():
+    """Half of a sum of two, a sum of three over two."""
+
+    def model(params, x):
+        h = x @ params["a"]
+        return (h[..., :3].sum(-1) / 2 + 0.5 * (x @ params["b"]).sum(-1))[:, :1]
+
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "a": jax.random.normal(keys[0], (5, 3)),
+        "b": jax.random.normal(keys[1], (5, 2)),
+    }
+    graph = jp.trace(model, params, TOKENS)
+    plan = {"a": [1], "b": [0]}
+    slim = jp.shrink(graph, plan, replay=True)
+    silent = {
+        "a": params["a"].at[:, [0, 2]].set(0.0),
+        "b": params["b"].at[:, 1].set(0.0),
+    }
+    np.testing.assert_allclose(
+        slim.model(slim.variables, TOKENS), model(silent, TOKENS), atol=1e-5
+    )
 
 
 def _two_outputs(params, x):

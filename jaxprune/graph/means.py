@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,10 @@ def term_counts(
 ) -> dict[Site, tuple[int, Any]]:
     """{site: (operand, number)} for what makes means of sums that lose terms.
 
-    A literal that a sum of n terms is divided by counts the terms left if it is n, or
-    n - 1 (a sample variance), or if it is the n of n - ddof (`jnp.var`); one that it is
-    multiplied by, if it is 1 / n. The mean of a layer normalisation is of that kind: it
-    is of the channels that are left.
+    A literal that a sum of n terms is divided by counts the terms left if it is n, or if
+    it is the n of n - ddof (`jnp.var`). The mean of a layer normalisation is of that
+    kind: it is of the channels that are left. Other numbers (1 / n, n - 1) may be what
+    they are by chance, and are taken for nothing else.
 
     Args:
       closed: the full-size program.
@@ -61,15 +61,17 @@ def _walk(
             terms[eqn.outvars[0]] = _summed(record, left, held[0] or (1, 1))
         elif record.name in _PASSED and held[0]:
             terms[eqn.outvars[0]] = held[0]
-        elif record.name in ("div", "mul"):
-            counted = _counted(record, held)
-            if counted is not None:
-                found[here] = counted
-            elif held[0] and not _literal(eqn.invars[1]) and eqn.invars[1] in reduced:
-                place = reduced[eqn.invars[1]]
-                full, kept = held[0]
-                if full == records[place].eqn.invars[0].val != kept:
-                    found[place] = 0, _as(eqn.invars[1], kept)
+        elif record.name == "div" and held[0]:
+            divisor, (full, kept) = eqn.invars[1], held[0]
+            if _literal(divisor):
+                source, place, atom = here, 1, divisor
+            elif divisor in reduced:
+                source, place = reduced[divisor], 0
+                atom = records[source].eqn.invars[0]
+            else:
+                continue
+            if not np.ndim(atom.val) and full == atom.val != kept:
+                found[source] = place, np.asarray(kept, atom.aval.dtype)[()]
         elif (
             record.name == "sub"
             and _literal(eqn.invars[0])
@@ -110,26 +112,3 @@ def _summed(record: Record, left: Left, before: tuple[int, int]) -> tuple[int, i
         before[0] * math.prod(shape[axis] for axis in axes),
         before[1] * math.prod(small[axis] for axis in axes),
     )
-
-
-def _counted(
-    record: Record, held: Sequence[tuple[int, int] | None]
-) -> tuple[int, Any] | None:
-    """(operand, number) of the literal in a division or product, if it counts terms."""
-    places = (1,) if record.name == "div" else (0, 1)
-    for place in places:
-        atom, count = record.eqn.invars[place], held[1 - place]
-        if count is None or count[0] == count[1] or not _literal(atom):
-            continue
-        if np.ndim(atom.val):
-            continue
-        full, kept = count
-        if record.name == "div" and full - atom.val in (0, 1):
-            return place, _as(atom, kept - (full - atom.val))
-        if record.name == "mul" and np.isclose(atom.val * full, 1.0, rtol=1e-6):
-            return place, _as(atom, 1.0 / kept)
-    return None
-
-
-def _as(atom: Any, number: Any) -> Any:
-    return np.asarray(number, atom.aval.dtype)[()]
