@@ -11,7 +11,7 @@ on the pruned networks by `jaxprune.trace`. Torch-Pruning takes a share of chann
 that share is bisected until the MACs meet the budget; "step_seconds" is what its
 criterion's data and one build and step at the share found take, "seconds" is with the
 search. What Torch-Pruning leaves is converted back to Flax (logits equal to 1e-4, or it
-stops), so that fine-tuning is one and the same program for all rows.
+stops), so that accuracy and fine-tuning are one and the same program for all rows.
 
 Every criterion of Torch-Pruning is tried within each group of layers (local) and over
 all of them (global); one that fails is a row with its error. Its GroupNormPruner without
@@ -251,7 +251,7 @@ def peer_row(
     shapes = {n: leaf.shape for n, leaf in trees.flatten(variables).items()}
     refreshed = recalibrate_batch_norm(model, variables, measured)
     row |= found | {
-        "pruned": torch_percent(network, dataset),
+        "pruned": percent(model, variables, dataset),
         "recalibrated": percent(model, refreshed, dataset),
         "difference": check_equal(network, model, variables, x),
         "widths": [s[-1] for n, s in shapes.items() if n.endswith("/kernel")],
