@@ -45,8 +45,10 @@ def trace(
         all of them by default. The others shrink with what they show.
       replay: for `shrink(replay=True)`, which it makes the default: channels shrink
         too along which the source computes positions or a table of constants (the
-        pairs of a rotary embedding, sinusoidal positions). A module cannot follow
-        there, because its source would compute others for the smaller width.
+        pairs of a rotary embedding, sinusoidal positions), and unequal parts of one
+        array (queries and fewer keys of one projection) shrink one by one. A module
+        cannot follow there: its source would compute others for the smaller width,
+        and cut at the numbers it states.
 
     Raises:
       GraphError: the model does not run on these variables and inputs.

@@ -1,4 +1,4 @@
-"""Channels along which the source computes positions or holds a table of constants."""
+"""What only a replay shrinks: positions, tables of constants, cuts into unequal parts."""
 
 import jax
 import jax.numpy as jnp
@@ -168,3 +168,77 @@ def test_positions_that_are_counted_anew_are_found(monkeypatch):
     monkeypatch.setattr(rewriting, "_iota", anew)
     with pytest.raises(jp.PruneError, match="differs from the masked original"):
         jp.verify(graph, {pairs: [1, 2]}, X)
+
+
+QUERY, VALUE = 4 * WIDTH, 2 * WIDTH  # four heads of queries, two of keys and values
+
+
+def _fused(params, x):
+    """Grouped queries of one fused projection, whose parts the source states."""
+    q, k, v = jnp.split(x @ params["qkv"], [QUERY, QUERY + VALUE], -1)
+    q = q.reshape(*x.shape[:2], 2, 2, WIDTH)
+    k, v = (y.reshape(*x.shape[:2], 2, WIDTH) for y in (k, v))
+    weights = jax.nn.softmax(jnp.einsum("bqghd,bkgd->bghqk", q, k))
+    y = jnp.einsum("bghqk,bkgd->bqghd", weights, v)
+    return y.reshape(*x.shape[:2], -1) @ params["out"]
+
+
+def _fused_params():
+    rng = np.random.default_rng(0)
+    shapes = {"qkv": (7, QUERY + 2 * VALUE), "out": (QUERY, 5)}
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+
+def test_unequal_parts_of_a_fused_projection_shrink_under_replay():
+    params = _fused_params()
+    frozen = jp.trace(_fused, params, X)
+    assert not frozen.groups  # 32, 16 and 16 of 64: four quarters, tied
+    graph = jp.trace(_fused, params, X, replay=True)
+    # Widths of queries and keys, of values, the query heads of a group, the groups.
+    assert sorted(g.size for g in graph.groups) == [2, 2, WIDTH, WIDTH]
+    for seed in range(3):
+        plan = random_plan(graph, seed)
+        slim = jp.shrink(graph, plan)
+        assert slim.report["left_whole"] == {}
+        assert jp.verify(graph, plan, X) < 1e-4
+
+
+def test_removed_query_columns_are_the_original_with_them_at_zero():
+    params = _fused_params()
+    graph = jp.trace(_fused, params, X, replay=True)
+    columns = {g.name: g.slots[0].index for g in graph.groups if g.size == WIDTH}
+    name = next(n for n, index in columns.items() if (index < QUERY).any())
+    gone = columns[name][[1, 4, 5]].ravel()
+    assert (gone < QUERY + VALUE).all()
+    assert gone.size == 3 * 6
+    slim = jp.shrink(graph, {name: [0, 2, 3, 6, 7]})
+    masked = {**params, "qkv": params["qkv"].at[:, gone].set(0)}
+    np.testing.assert_allclose(
+        slim.model(slim.variables, X), _fused(masked, X), atol=1e-5
+    )
+
+
+def test_positions_that_no_input_reached_stay():
+    def apply(params, x):
+        table = params["positions"]
+        first = x[:, :1] + table[:1]
+        rest = x[:, 1:] + table[1 : x.shape[1]]
+        return jnp.concatenate([first, rest], 1) @ params["out"]
+
+    params = {"positions": jnp.ones((32, 7)), "out": jnp.ones((7, 3))}
+    graph = jp.trace(apply, params, X, replay=True)
+    assert not any(s.path == "positions" for g in graph.groups for s in g.slots)
+    assert "not part of any slice" in graph.explain("positions")
+
+
+def test_a_part_that_nobody_reads_can_go():
+    def apply(params, x):
+        h = x @ params["in"]
+        return h[..., :3] @ params["out"]
+
+    params = {"in": jnp.ones((7, 8)), "out": jnp.ones((3, 2))}
+    assert "trace(replay=True)" in jp.trace(apply, params, X).explain("in")
+    graph = jp.trace(apply, params, X, replay=True)
+    assert sorted(g.size for g in graph.groups) == [3, 5]
+    for seed in range(3):
+        assert jp.verify(graph, random_plan(graph, seed), X) < 1e-5

@@ -280,7 +280,7 @@ def build(
       outputs: the outputs that keep their shapes: name patterns, or a function that
         picks them from what the model returns; all of them by default.
       replay: let what only a replay can shrink shrink too: positions and constants
-        that vary along a channel axis.
+        that vary along a channel axis, unequal parts of a cut.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     structs = jax.tree.map(_struct, (variables, tuple(inputs)))
@@ -312,6 +312,7 @@ def build(
     others = jax.tree_util.tree_leaves(structs[1])
     given = [Value((None,) * len(leaf.shape)) for leaf in others]
     results = walk.closed(closed, [*values.values(), *given])
+    walk.pin_rest()
     for value, fixed in zip(results, fixed_outputs(returned, outputs), strict=True):
         if fixed:
             walk.pin(value.axes, OUTPUT)

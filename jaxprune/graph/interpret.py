@@ -94,6 +94,10 @@ class Walk:
     site: Site = ()
     repeat: int = 1
     _stack: list[jex.JaxprEqn] = field(default_factory=list)
+    # Of each table that is cut: its nodes, those that a cut takes, and where it was.
+    _cut: dict[bytes, tuple[np.ndarray, list[np.ndarray], str]] = field(
+        default_factory=dict
+    )
 
     @property
     def where(self) -> str:
@@ -157,6 +161,17 @@ class Walk:
     def pin(self, axes: Sequence[Axis], why: str) -> None:
         for axis in axes:
             self.atoms.freeze(axis, why)
+
+    def taken(self, axis: np.ndarray, part: np.ndarray) -> None:
+        """Notes that a cut takes these nodes of a table's axis."""
+        known = self._cut.setdefault(axis.tobytes(), (axis, [], self.where))
+        known[1].append(part)
+
+    def pin_rest(self) -> None:
+        """Pins the nodes of tables that no cut takes."""
+        for axis, parts, where in self._cut.values():
+            rest = np.setdiff1d(axis, np.concatenate(parts))
+            self.atoms.freeze(rest, f"not part of any slice at {where}")
 
     def fresh(self, size: int) -> Axis:
         """A new axis that adopts its partner's channels; None for size 1 or 0."""

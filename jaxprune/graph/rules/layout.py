@@ -161,19 +161,23 @@ def slices(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     )
     return [
         tuple(
-            cut(walk, values[0].axes[dim], old[dim], *bound)
+            cut(walk, values[0], dim, old[dim], *bound)
             for dim, bound in enumerate(bounds)
         )
     ]
 
 
-def cut(walk: Walk, axis: Axis, size: int, start: int, stop: int, stride: int) -> Axis:
+def cut(
+    walk: Walk, value: Value, dim: int, size: int, start: int, stop: int, stride: int
+) -> Axis:
     """Part of an axis: equal parts are tied position by position, others freeze.
 
     The source cuts at a share of the axis (halves of a GLU, thirds of a fused qkv),
     and that share falls in the right place only if all parts shrink alike. So do every
-    second, third ... index (the pairs of a rotary embedding).
+    second, third ... index (the pairs of a rotary embedding). A replay cuts where the
+    kept channels are, so that its parts shrink as they like.
     """
+    axis = value.axes[dim]
     if axis is None or (start, stop, stride) == (0, size, 1):
         return axis
     length = stop - start
@@ -181,13 +185,34 @@ def cut(walk: Walk, axis: Axis, size: int, start: int, stop: int, stride: int) -
         for part in axis.reshape(-1, stride).T[1:]:
             walk.atoms.unite(axis[::stride], part, "")
         return axis[start:stop:stride]
+    if walk.tables and stride == 1:
+        return free_cut(walk, value, dim, start, stop)
     if stride != 1 or length < 2 or size % length or start % length:
-        walk.atoms.freeze(axis, f"sliced [{start}:{stop}:{stride}] at {walk.where}")
+        parts = f"sliced [{start}:{stop}:{stride}] at {walk.where}"
+        why = f"{parts}, where trace(replay=True) lets it shrink"
+        walk.atoms.freeze(axis, why if stride == 1 else parts)
         return None if length < 2 else axis[start:stop:stride]
     parts = axis.reshape(size // length, length)
     for part in parts[1:]:
         walk.atoms.unite(parts[0], part, "")
     return axis[start:stop]
+
+
+def free_cut(walk: Walk, value: Value, dim: int, start: int, stop: int) -> Axis:
+    """A part that shrinks by itself; one index alone is pinned.
+
+    What no cut takes of an array that the variables alone make (the positions behind
+    the input's length, in a table of them) stays: another input may need it.
+    """
+    axis = value.axes[dim]
+    assert axis is not None
+    part = axis[start:stop]
+    if value.pure:
+        walk.taken(axis, part)
+    if part.size < 2:
+        walk.atoms.freeze(part, f"sliced [{start}:{stop}] at {walk.where}")
+        return None
+    return part
 
 
 def interleaved(size: int, start: int, stop: int, stride: int) -> bool:
@@ -198,12 +223,12 @@ def interleaved(size: int, start: int, stop: int, stride: int) -> bool:
 
 def split(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     sizes, along = eqn.params["sizes"], eqn.params["axis"]
-    axis, size = values[0].axes[along], eqn.invars[0].aval.shape[along]
+    size = eqn.invars[0].aval.shape[along]
     stops = np.cumsum(sizes)
     results = []
     for start, stop in zip([0, *stops[:-1]], stops, strict=True):
         axes = list(values[0].axes)
-        axes[along] = cut(walk, axis, size, int(start), int(stop), 1)
+        axes[along] = cut(walk, values[0], along, size, int(start), int(stop), 1)
         results.append(tuple(axes))
     return results
 
