@@ -38,8 +38,9 @@ import jaxprune as jp
 from jaxprune.frameworks import handle_of
 
 SHELVES = (
-    "vision sequence generative nnx_examples transformers_models keras_models "
-    "haiku_models equinox_models linen_packages nnx_packages nnx_image_models"
+    "convolutional vision_transformers language agents_and_speech generative "
+    "nnx_examples nnx_ports transformers_models keras_models haiku_models "
+    "equinox_models linen_packages nnx_packages nnx_image_models"
 ).split()
 # Emission counts as whole where it removes this share of what the plan says.
 WHOLE = 0.999

@@ -10,7 +10,7 @@ from jimm.models.siglip import SigLIP
 from jimm.models.vit import VisionTransformer
 
 from .case import Case, Shelf, normal, tokens
-from .nnx_examples import case
+from .nnx_case import case
 
 MODELS = Shelf()
 jax.set_mesh(jax.make_mesh((1,), ("fsdp",)))

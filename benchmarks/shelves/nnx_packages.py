@@ -10,7 +10,7 @@ from jraphx.nn.models import GAT, GCN, GIN, MLP, GraphSAGE
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 
 from .case import Case, Shelf, normal, tokens
-from .nnx_examples import case
+from .nnx_case import case
 
 MODELS = Shelf()
 
