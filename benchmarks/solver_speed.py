@@ -4,8 +4,9 @@
 
 Synthetic statistics, seed 0: correlated Gaussian inputs of 512 channels under a 3x3
 kernel (R = 4,608 rows, N = 512 outputs). Also the largest difference from scikit-learn
-at the same lambda. `--large` adds an exact count among 4,096 channels. He et al.'s
-procedure on the layers of a trained network is in he_procedure.py.
+at the same lambda. `--large` adds exact counts among 4,096 channels (a Dense layer's,
+512 outputs), by LASSO and by elimination. He et al.'s procedure on the layers of a
+trained network is in he_procedure.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from sklearn.linear_model import Lasso
 
 from jaxprune.criteria.redundancy import pearson_matrix, seed_entropies, seed_pairs
+from jaxprune.solver.elimination import elimination_order
 from jaxprune.solver.gram import gate_system
 from jaxprune.solver.lasso import lasso, select_exact
 from jaxprune.solver.refit import refit
@@ -57,6 +59,18 @@ def sklearn_difference(rng: np.random.Generator) -> float:
     return worst
 
 
+def dense_elimination(rng: np.random.Generator, channels: int, keep: int) -> float:
+    """Seconds of the exact count among the inputs of one Dense layer."""
+    mixing = rng.normal(size=(channels // 2, channels)) / np.sqrt(channels)
+    x = rng.normal(size=(2 * channels, channels // 2)) @ mixing
+    x = (x + 0.2 * rng.normal(size=x.shape)).astype(np.float32)
+    kernel = rng.normal(size=(channels, 512)) / np.sqrt(channels)
+    y = (x @ kernel).astype(np.float32)
+    found = moments_lib.update(moments_lib.zeros(channels, 512), x, y)
+    term = (found, kernel, np.arange(channels), None)
+    return seconds(lambda: elimination_order([term], channels, keep))[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,6 +86,8 @@ def main() -> None:
         given = system(4096, rng)
         result["select_4096_keep_2048"] = seconds(lambda: select_exact(*given, 2048))[0]
 
+        result["eliminate_4096_keep_2048"] = dense_elimination(rng, 4096, 2048)
+
     x = rng.normal(size=(6000, 4608)).astype(np.float32)
     x += 2 * rng.normal(size=(6000, 1)).astype(np.float32)
     kernel = rng.normal(size=(4608, 512)) / 68
@@ -83,6 +99,9 @@ def main() -> None:
     channel = np.arange(4608) % 512
     result["gate_gram"] = seconds(
         lambda: gate_system(moments, kernel, channel, channels=512)
+    )[0]
+    result["eliminate_512_keep_256"] = seconds(
+        lambda: elimination_order([(moments, kernel, channel, None)], 512, 256)
     )[0]
     half = channel < 256
     result["refit_half"] = seconds(lambda: refit(moments, half, kernel=kernel))[0]
