@@ -164,3 +164,37 @@ def test_a_slim_module_has_the_methods_of_the_users():
     )
     with pytest.raises(AttributeError, match="decode"):
         module.decode  # noqa: B018
+
+
+class _StandardisedConv(nn.Conv):
+    """Weight standardisation as BiT writes it: its `param` changes what it returns."""
+
+    def param(self, name, *args, **kwargs):
+        param = super().param(name, *args, **kwargs)
+        if name == "kernel":
+            param = param - param.mean((0, 1, 2), keepdims=True)
+            param = param / jnp.sqrt(jnp.square(param).mean((0, 1, 2)) + 1e-10)
+        return param
+
+
+class _Standardised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(_StandardisedConv(8, (3, 3), name="a")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_layer_may_change_its_parameters(replay):
+    model, x = _Standardised(), jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
+    variables = model.init(jax.random.key(0), x)
+    graph = jp.trace(model, variables, x, replay=replay)
+    slim = jp.shrink(graph, {"a": np.arange(4)})
+    kernel = variables["params"]["head"]["kernel"]
+    head = {**variables["params"]["head"], "kernel": kernel.at[4:].set(0)}
+    masked = {"params": {**variables["params"], "head": head}}
+    apply = slim.model if replay else slim.model.apply
+    np.testing.assert_allclose(
+        apply(slim.variables, x), model.apply(masked, x), atol=1e-5
+    )
+    assert jp.verify(graph, {"a": np.arange(4)}, x) < 1e-5

@@ -167,9 +167,11 @@ def adopt(module: nn.Module, table: Mapping[str, Shape]) -> None:
 def trust(module: nn.Module) -> None:
     """Spares the module's `param` the initialiser of an array of the stated shape.
 
-    Flax traces it to compare shapes, which takes a third of the time of a trace.
+    Flax traces it to compare shapes, which takes a third of the time of a trace. A class
+    with a `param` of its own (weight standardisation in BiT) is left alone.
     """
-    if module.scope is None or "param" in vars(module):
+    own = type(module).param is not nn.Module.param
+    if module.scope is None or own or "param" in vars(module):
         return
     own_param = module.param
 

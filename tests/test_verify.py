@@ -1,0 +1,86 @@
+"""The proof's own terms: the precision it runs at and the error it allows."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.verify import masked_outputs
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)), jnp.float32)
+
+
+def _narrow(dtype):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(32, (3, 3), dtype=dtype, name="a")(x))
+            x = nn.relu(nn.Conv(32, (3, 3), dtype=dtype, name="b")(x))
+            return nn.Dense(4, dtype=jnp.float32, name="head")(x.mean((1, 2)))
+
+    model = Net()
+    return model, model.init(jax.random.key(0), X)
+
+
+def _half(graph):
+    return {group.name: np.arange(0, group.size, 2) for group in graph.groups}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_networks_that_compute_in_coarse_floats_are_proven(dtype):
+    model, variables = _narrow(dtype)
+    graph = jp.trace(model, variables, X)
+    eps = float(jnp.finfo(dtype).eps)
+    assert jp.verify(graph, _half(graph), X) < 4 * eps
+    batches = [(X, jnp.arange(4))] * 2
+    slim = jp.prune(model, variables, batches, method="l1", macs=0.5)
+    assert slim.report["verify_max_abs_error"] < 4 * eps
+    assert slim.model.apply(slim.variables, X).dtype == jnp.float32
+
+
+def test_the_error_allowed_is_of_the_coarsest_type(monkeypatch):
+    """A rounding of bfloat16 passes in a network that has it, and in no other."""
+    rounding = 0.004
+
+    def shifted(*args, **kwargs):
+        return [out + rounding for out in masked_outputs(*args, **kwargs)]
+
+    monkeypatch.setitem(jp.verify.__globals__, "masked_outputs", shifted)
+    model, variables = _narrow(jnp.bfloat16)
+    graph = jp.trace(model, variables, X)
+    assert jp.verify(graph, _half(graph), X) > rounding / 2
+    with pytest.raises(jp.PruneError, match="differs from the masked original"):
+        jp.verify(graph, _half(graph), X, tolerance=1e-4)
+    model, variables = _narrow(jnp.float32)
+    graph = jp.trace(model, variables, X)
+    with pytest.raises(jp.PruneError, match="differs from the masked original"):
+        jp.verify(graph, _half(graph), X)
+
+
+def test_products_run_at_the_highest_precision():
+    """Where the source leaves it open: a GPU's default is too coarse for a proof."""
+    seen = []
+
+    def apply(params, x):
+        seen.append(jax.config.read("jax_default_matmul_precision"))
+        h = jax.nn.relu(x @ params["a"])
+        return jnp.matmul(h, params["b"], precision=jax.lax.Precision.DEFAULT)
+
+    rng = np.random.default_rng(0)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(3, 6)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(6, 2)), jnp.float32),
+    }
+    graph = jp.trace(apply, params, X)
+    plan = {"a": [0, 2, 5]}
+    program = str(
+        jax.make_jaxpr(lambda p: masked_outputs(graph, plan, p, (X,)))(params)
+    )
+    assert program.count("Precision.HIGHEST") == 2  # both operands of the first
+    assert program.count("Precision.DEFAULT") == 2
+    assert "highest" not in seen
+    jp.verify(graph, plan, X)
+    assert seen[-1] == "highest"
+    assert jax.config.read("jax_default_matmul_precision") != "highest"
