@@ -10,6 +10,7 @@ import jaxprune as jp
 from jaxprune.verify import masked_outputs
 
 X = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)), jnp.float32)
+PRECISION = "jax_default_matmul_precision"
 
 
 def _narrow(dtype):
@@ -64,7 +65,7 @@ def test_products_run_at_the_highest_precision():
     seen = []
 
     def apply(params, x):
-        seen.append(jax.config.read("jax_default_matmul_precision"))
+        seen.append(getattr(jax.config, PRECISION))
         h = jax.nn.relu(x @ params["a"])
         return jnp.matmul(h, params["b"], precision=jax.lax.Precision.DEFAULT)
 
@@ -83,4 +84,4 @@ def test_products_run_at_the_highest_precision():
     assert "highest" not in seen
     jp.verify(graph, plan, X)
     assert seen[-1] == "highest"
-    assert jax.config.read("jax_default_matmul_precision") != "highest"
+    assert getattr(jax.config, PRECISION) != "highest"
