@@ -99,6 +99,8 @@ def moved(eqn, result: int, old: Any, new: Any, region: Region) -> Region:
         return NOWHERE
     if region is None:
         return None
+    if name == "reshape" and params.get("dimensions") is not None:
+        return NOWHERE  # it transposes first
     dim, mask = len(new) + region[0], region[1]
     if name == "transpose":
         return params["permutation"][dim] - rank, mask

@@ -16,7 +16,11 @@ from jaxprune.graph.interpret import Value, Walk
 def reshape(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """Merges and splits the smallest blocks of axes whose sizes multiply alike."""
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    return [_reshape(walk, values[0].axes, old, new)]
+    axes = values[0].axes
+    order = eqn.params.get("dimensions")
+    if order is not None:  # transposed first (a convolution under vmap)
+        axes, old = tuple(axes[d] for d in order), tuple(old[d] for d in order)
+    return [_reshape(walk, axes, old, new)]
 
 
 def _reshape(
