@@ -74,7 +74,8 @@ def checked_leaves(graph: ChannelGraph, variables: Any) -> dict[str, Any]:
     Raises:
       GraphError: names or shapes are not those that were traced.
     """
-    leaves, traced = trees.flatten(variables), trees.flatten(graph.variables)
+    leaves = trees.flatten(trees.arrays(variables))
+    traced = trees.flatten(graph.variables)
     problems = [f"{path} is missing" for path in traced if path not in leaves]
     problems += [f"{path} is not in the model" for path in leaves if path not in traced]
     problems += [

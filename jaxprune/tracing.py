@@ -57,6 +57,7 @@ def trace(
     if isinstance(handle, NnxHandle) and x is None:
         variables, x = handle.variables, variables
     inputs = x if isinstance(x, tuple) else (x,)
+    variables = trees.arrays(variables)
     _only_arrays(variables)
     try:
         return build(
@@ -79,8 +80,7 @@ def trace(
 
 def _only_arrays(variables: Any) -> None:
     for path, leaf in trees.flatten(variables).items():
-        number = isinstance(leaf, bool | int | float | complex)
-        if not (number or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise GraphError(
                 f"{path} is no array but a {type(leaf).__name__}; pass a tree of arrays "
                 "alone and let the function hold the rest (Equinox: eqx.partition)"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.errors import GraphError
 
@@ -26,6 +27,14 @@ def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by name, in the tree's own order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_name(path): leaf for path, leaf in leaves}
+
+
+def arrays(tree: Any) -> Any:
+    """The tree with arrays for the Python numbers in it."""
+    number = bool | int | float | complex
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, number) else leaf, tree
+    )
 
 
 def unflatten_like(tree: Any, leaves: Mapping[str, Any]) -> Any:

@@ -198,3 +198,57 @@ def test_a_layer_may_change_its_parameters(replay):
         apply(slim.variables, x), model.apply(masked, x), atol=1e-5
     )
     assert jp.verify(graph, {"a": np.arange(4)}, x) < 1e-5
+
+
+class _OwnArrays(nn.Module):
+    """Arrays that the module makes itself, at widths its source states."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        up = self.param("up", nn.initializers.normal(), (x.shape[-1], 12))
+        down = self.param("down", nn.initializers.normal(), (12, x.shape[-1]))
+        return x + nn.relu(x @ up) @ down, None
+
+
+@pytest.mark.parametrize("stacked_on", [0, 1])
+def test_init_gives_slim_shapes_to_arrays_made_inside_a_scan(stacked_on):
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, name="in")(x)
+            layers = nn.scan(
+                _OwnArrays,
+                variable_axes={"params": stacked_on},
+                split_rngs={"params": True},
+                length=3,
+            )
+            x, _ = layers(name="layers")(x, None)
+            return nn.Dense(3, name="head")(x)
+
+    model, x = Stack(), jax.random.normal(jax.random.key(1), (4, 5))
+    variables = random_variables(model, x)
+    graph = jp.trace(model, variables, x)
+    slim = jp.shrink(graph, half_plan(graph))
+    assert slim.report["left_whole"] == {}
+    shapes = tree_shapes(slim.variables)
+    assert shapes["params"]["layers"]["up"] == ((3, 4, 6), (4, 3, 6))[stacked_on]
+    assert tree_shapes(slim.model.init(jax.random.key(0), x)) == shapes
+
+
+def test_decoding_with_a_cache_shrinks():
+    """JAX writes `0 < 0 ? 0 + width : 0` for the places the cache is updated at."""
+    attention = nn.MultiHeadDotProductAttention(
+        num_heads=4, qkv_features=24, out_features=8, decode=True
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+    variables = attention.init(jax.random.key(0), x)
+
+    def apply(model, variables, token):
+        return model.apply(variables, token, mutable=["cache"])[0]
+
+    graph = jp.trace(attention, variables, x[:, :1], apply=apply)
+    plan = {group.name: np.arange(group.size // 2) for group in graph.groups}
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {}
+    assert slim.variables["cache"]["cached_key"].shape == (2, 5, 2, 3)
+    assert jp.verify(graph, plan, x[:, :1]) < 1e-5

@@ -12,6 +12,29 @@ from jaxprune.graph.rules import RULES
 
 C = 8  # channels that enter the operation
 
+
+def _grams(x):
+    return jnp.einsum("btc,btd->bcd", x, x)
+
+
+def _experts(x):
+    """The rows of each example by a matrix of its own."""
+    sizes = jnp.full(x.shape[0], x.shape[1], jnp.int32)
+    return lax.ragged_dot(x.reshape(-1, x.shape[-1]), _grams(x), sizes).reshape(x.shape)
+
+
+def _own_kernels(x):
+    """A convolution under vmap: JAX makes feature groups of the examples."""
+
+    def convolve(row, kernel):
+        spec = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            row[None], kernel[None], (1,), "SAME", dimension_numbers=spec
+        )[0]
+
+    return jax.vmap(convolve)(x, _grams(x))
+
+
 # An operation on x (B, T, C) between two linear layers, and the number of channels
 # of "a" that may be removed separately; 0 where all are frozen.
 OPERATIONS = {
@@ -134,7 +157,14 @@ OPERATIONS = {
     "complex": (lambda x: jnp.abs(lax.complex(x, x)), C),
     "fft_positions": (lambda x: jnp.abs(jnp.fft.fft(x, axis=1)), None),
     "fft_channels": (lambda x: jnp.abs(jnp.fft.fft(x, axis=-1)), 0),
-    "unknown": (lambda x: jnp.linalg.qr(x)[0], 0),
+    "matrix_of_channels": (lambda x: jnp.linalg.qr(x)[0], 0),
+    "matrices_of_positions": (
+        lambda x: x * jnp.linalg.norm(x[:, :, None], ord=2, axis=(1, 2))[:, None],
+        C,
+    ),
+    "gram_of_experts": (_experts, C),
+    "gram_as_kernels": (_own_kernels, C),
+    "unknown": (lambda x: jnp.linalg.inv(x[:, :4, :4] + 3 * jnp.eye(4)), 0),
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxprune import trees
 from jaxprune.frameworks.linen_carries import carries_follow
+from jaxprune.frameworks.linen_stacks import unstacked
 
 Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]
@@ -146,7 +147,12 @@ def adopt(module: nn.Module, table: Mapping[str, Shape]) -> None:
         def cut_init(*args: Any, **kwargs: Any) -> Any:
             shape = _shape(module, (name,), table, collection)
             made = init(*args, **kwargs)
-            return made if shape is None else jax.tree.map(_cut(shape), made)
+            if shape is None:
+                return made
+            assert module.scope is not None
+            below = "/".join((collection, *map(str, module.scope.path), ""))
+            others = [held for path, held in table.items() if path.startswith(below)]
+            return jax.tree.map(_cut(shape, others), made)
 
         return cut_init
 
@@ -203,11 +209,10 @@ def _stated(module: nn.Module, name: str, args: tuple[Any, ...]) -> Any:
     return held if shapes == [tuple(args[0])] else None
 
 
-def _cut(shape: Shape) -> Callable[[Any], Any]:
+def _cut(shape: Shape, others: Sequence[Shape]) -> Callable[[Any], Any]:
     def cut(array: Any) -> Any:
-        if jnp.ndim(array) != len(shape) or jnp.shape(array) == shape:
-            return array
-        return array[tuple(map(slice, shape))]
+        own = unstacked(shape, jnp.shape(array), others)
+        return array if own is None else array[tuple(map(slice, own))]
 
     return cut
 

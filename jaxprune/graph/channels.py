@@ -96,6 +96,13 @@ def roles(
                 free = [d for d in range(len(value.axes)) if d not in used]
                 mark(value, contract[side], "consumer", number)
                 mark(value, free, "producer", number)
+        elif record.name == "ragged_dot_general" and record.inputs[1].pure:
+            numbers = record.eqn.params["ragged_dot_dimension_numbers"]
+            (_, contract), (_, batch) = numbers.dot_dimension_numbers
+            used = {*contract, *batch, *numbers.rhs_group_dimensions}
+            free = [d for d in range(len(record.inputs[1].axes)) if d not in used]
+            mark(record.inputs[1], contract, "consumer", number)
+            mark(record.inputs[1], free, "producer", number)
         elif record.name == "conv_general_dilated":
             kernel = record.inputs[1]
             spec = record.eqn.params["dimension_numbers"].rhs_spec

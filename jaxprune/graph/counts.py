@@ -113,6 +113,15 @@ def contraction_dims(record: Record) -> list[tuple[Axis, int]] | None:
         )
         shared = {*contract, *batch}
         return left + [dim for d, dim in enumerate(right) if d not in shared]
+    if record.name == "ragged_dot_general":  # every row by one matrix
+        numbers = record.eqn.params["ragged_dot_dimension_numbers"]
+        (_, contract), (_, batch) = numbers.dot_dimension_numbers
+        shared = {*contract, *batch, *numbers.rhs_group_dimensions}
+        left, right = (
+            list(zip(value.axes, shape, strict=True))
+            for value, shape in zip(record.inputs[:2], shapes[:2], strict=True)
+        )
+        return left + [dim for d, dim in enumerate(right) if d not in shared]
     if record.name == "conv_general_dilated":
         numbers = record.eqn.params["dimension_numbers"]
         out, kernel = record.outputs[0], record.inputs[1]

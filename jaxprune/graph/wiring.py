@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.graph.evaluate import CALLS
@@ -20,6 +21,14 @@ from jaxprune.graph.rules.control import inner_jaxpr, scan_counts
 # A variable of a jaxpr at one call site (sub-jaxprs are shared between sites).
 Key = tuple[Site, Any]
 OPAQUE: Site = (-1,)
+_COMPARISONS = {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}
 
 
 @dataclass(eq=False)
@@ -53,6 +62,7 @@ class Wiring:
         wiring._walk(closed.jaxpr, ())
         for atom in closed.jaxpr.outvars:
             wiring._opaque((), [atom])
+        wiring._decide()
         wiring._bury()
         return wiring
 
@@ -68,6 +78,26 @@ class Wiring:
     def operands(self, site: Site) -> list[Key | None]:
         """The operands of the equation at a site."""
         return [self.key(site[:-1], atom) for atom in self.equations[site].invars]
+
+    def _decide(self) -> None:
+        """Of a choice that literals decide (JAX's `0 < 0 ? 0 + size : 0` for an index),
+        only what is chosen is read."""
+        known: dict[Key, bool] = {}
+        for site, eqn in self.equations.items():
+            literals = [
+                a.val if isinstance(a, jex.Literal) else None for a in eqn.invars
+            ]
+            compare = _COMPARISONS.get(eqn.primitive.name)
+            if compare and not any(v is None or np.ndim(v) for v in literals):
+                known[site[:-1], eqn.outvars[0]] = bool(compare(*literals))
+            elif eqn.primitive.name == "select_n":
+                keys = self.operands(site)
+                chosen = literals[0] if keys[0] is None else known.get(keys[0])
+                if chosen is None or np.ndim(chosen):
+                    continue
+                for place, key in enumerate(keys[1:]):
+                    if key is not None and place != int(chosen):
+                        self.readers[key].remove((site, place + 1))
 
     def _bury(self) -> None:
         """Finds the dead equations, from the last to the first."""

@@ -108,4 +108,63 @@ def convolution(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     return [tuple(axes)]
 
 
-RULES = {"dot_general": dot_general, "conv_general_dilated": convolution}
+def ragged_dot(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Rows of one group after the other, each group by its own matrix (experts).
+
+    Contracted pairs are tied; rows, groups and their sizes are positions. Forms in
+    which the groups cut the contracted or a batch axis freeze what they touch.
+    """
+    left, right, *sizes = values
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contract_l, contract_r), (batch_l, batch_r) = numbers.dot_dimension_numbers
+    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    why = f"grouped by rows at {walk.where}"
+    if not groups or {*rows} & {*contract_l, *batch_l}:
+        for value in values:
+            walk.pin(value.axes, why)
+        return [(None,) * len(eqn.outvars[0].aval.shape)]
+    for value in sizes:
+        walk.pin(value.axes, why)
+    walk.pin([left.axes[d] for d in rows], why)
+    walk.pin([right.axes[d] for d in groups], why)
+    why = f"contracted at {walk.where} with an array that has no channels there"
+    for a, b in zip(contract_l, contract_r, strict=True):
+        walk.atoms.unite(left.axes[a], right.axes[b], why)
+    batch = [
+        walk.atoms.unite(left.axes[a], right.axes[b], why)
+        for a, b in zip(batch_l, batch_r, strict=True)
+    ]
+    used_l, used_r = {*contract_l, *batch_l}, {*contract_r, *batch_r, *groups}
+    free_l = [axis for d, axis in enumerate(left.axes) if d not in used_l]
+    free_r = [axis for d, axis in enumerate(right.axes) if d not in used_r]
+    return [(*batch, *free_l, *free_r)]
+
+
+def matrices(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Decompositions and solutions of the matrices in the last two axes.
+
+    The axes before pass; those of the matrices are pinned, and so is all that an
+    operand or result of fewer leading axes has.
+    """
+    why = f"{eqn.primitive.name} at {walk.where} takes this axis for one of a matrix"
+    lead = len(values[0].axes) - 2
+    for value in values:
+        walk.pin(value.axes[lead:], why)
+    axes = list(values[0].axes[:lead])
+    for value in values[1:]:
+        for dim, axis in enumerate(value.axes[:lead]):
+            axes[dim] = walk.atoms.unite(axes[dim], axis, why)
+    return [(*axes, *(None,) * (len(var.aval.shape) - lead)) for var in eqn.outvars]
+
+
+_MATRICES = """
+cholesky eig eigh geqrf hessenberg householder_product lu qr schur svd
+triangular_solve tridiagonal tridiagonal_solve
+""".split()
+
+RULES = {
+    "dot_general": dot_general,
+    "conv_general_dilated": convolution,
+    "ragged_dot_general": ragged_dot,
+    **dict.fromkeys(_MATRICES, matrices),
+}
