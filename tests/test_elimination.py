@@ -65,10 +65,11 @@ def test_elimination_sees_a_scaled_twin_and_the_dead_where_lasso_cannot():
     gone = elimination_order([term], 8, 6, ridge=0.0)
     assert set(gone.tolist()) in ({0, 7}, {6, 7})
     # The loss term keeps what the classification needs.
-    t = np.zeros(8)
-    t[7] = 1000.0
-    steered = elimination_order([term], 8, 6, ridge=0.0, loss_scores=t, mu=1.0)
-    assert 7 not in steered
+    for twin in (0, 6):
+        t = np.zeros(8)
+        t[twin] = 1000.0
+        steered = elimination_order([term], 8, 6, ridge=0.0, loss_scores=t, mu=1.0)
+        assert twin not in steered
     with pytest.raises(ScoreError, match=r"a count in 1\.\.8; found 1 consumers and 0"):
         elimination_order([term], 8, 0)
     broken = (moments_of(np.where(x == x[3, 2], np.nan, x), y), kernel, np.arange(8))
@@ -76,3 +77,25 @@ def test_elimination_sees_a_scaled_twin_and_the_dead_where_lasso_cannot():
         elimination_order([(*broken, None)], 8, 6)
     with pytest.raises(ScoreError, match="1 values that are NaN or infinite"):
         elimination_order([term], 8, 6, loss_scores=t + [np.inf, *[0] * 7], mu=1.0)
+
+
+def test_constant_channels_go_first_whatever_the_loss_says():
+    """Intercepts make up for them; without one they count as any other."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(500, 10))
+    constant = [1, 4, 7]
+    x[:, constant] = [0.5, 3.0, -2.0]
+    kernel = rng.normal(size=(10, 4))
+    term = (
+        moments_of(x.astype("f4"), (x @ kernel).astype("f4")),
+        kernel,
+        np.arange(10),
+        None,
+    )
+    scores = np.where(np.isin(np.arange(10), constant), 5.0, 1.0)
+    order = elimination_order([term], 10, 2, loss_scores=scores, mu=1.0)
+    assert sorted(order[:3]) == constant
+    order = elimination_order(
+        [term], 10, 2, loss_scores=scores, mu=1.0, centred=[False]
+    )
+    assert sorted(order[:3]) != constant

@@ -12,6 +12,7 @@ grouped convolution is several taps, one for each of its blocks of inputs and ou
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +23,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.graph import ChannelGraph, Record, Site
-from jaxprune.graph.evaluate import sub_jaxprs
-from jaxprune.graph.interpret import CASTS
+from jaxprune.graph.evaluate import CALLS, sub_jaxprs
+from jaxprune.graph.interpret import CASTS, VIEWS
 from jaxprune.records import Group
 from jaxprune.stats import patches
 
@@ -43,7 +44,7 @@ class Tap:
       contracted: how many of those are contracted.
       shape: the kernel's shape in that order.
       row_needs, column_needs: int arrays (R, F), (N, F): channels, -1 for none.
-      intercept: leaf that can take a shift of the outputs, or None.
+      intercept: leaf that can take a shift of these outputs, and of no others; or None.
       sign: +1 if the intercept is added to the outputs, -1 if subtracted.
       part, parts: which of how many blocks of the kernel's columns.
     """
@@ -134,7 +135,33 @@ def find_taps(graph: ChannelGraph) -> tuple[Tap, ...]:
             taps += _dot_tap(graph, site, record)
         elif record.name == "conv_general_dilated":
             taps += _conv_taps(graph, site, record)
-    return tuple(taps)
+    return _with_own_intercepts(graph, taps)
+
+
+def _with_own_intercepts(graph: ChannelGraph, taps: Sequence[Tap]) -> tuple[Tap, ...]:
+    """The taps, without an intercept that the uses of their kernel do not have alone.
+
+    One bias behind two kernels, or one kernel with another norm at each call (heads
+    over several maps): no one shift of it suits all.
+    """
+    reads = Counter(
+        value.source
+        for record in graph.records.values()
+        if record.name not in VIEWS and record.name not in CALLS
+        for value in record.inputs
+    )
+    uses: dict[str, set[tuple[Site, str | None]]] = defaultdict(set)
+    for tap in taps:
+        uses[tap.path].add((tap.site, tap.intercept))
+    shared = {
+        path
+        for path, found in uses.items()
+        if len({name for _, name in found}) > 1
+        or any(reads[name] != len(found) for _, name in found if name is not None)
+    }
+    return tuple(
+        replace(tap, intercept=None) if tap.path in shared else tap for tap in taps
+    )
 
 
 def _conv_taps(graph: ChannelGraph, site: Site, record: Record) -> list[Tap]:

@@ -29,6 +29,8 @@ from jaxprune.stats.moments import Moments
 
 # Channels that are taken out before the inverse is brought up to date.
 BATCH = 16
+# A variance that float32 sums may give a constant, relative to its mean square.
+STILL = 1e-6
 Term = tuple[Moments, np.ndarray, np.ndarray, np.ndarray | None]
 
 
@@ -46,8 +48,9 @@ def elimination_order(
 
     The choice of `keep` channels is what its first channels - keep leave. Consumers
     count by the share of their target's energy that they lose; the loss scores,
-    scaled to mean 1, add mu times the mean rise of the first step. Ties: the higher
-    index goes.
+    scaled to mean 1, add mu times the mean rise of the first step; those of constant
+    channels are passed over, for intercepts make up for all of such a channel. Ties:
+    the higher index goes.
 
     Args:
       terms: for each consumer its moments of (R,) rows and (N,) targets, kernel W0
@@ -77,7 +80,9 @@ def elimination_order(
     for step in range(channels - lowest):
         rises = np.sum([consumer.rises() for consumer in consumers], axis=0)
         if step == 0 and loss_scores is not None and mu:
-            extra = mu * np.abs(rises).mean() * scaled_scores(loss_scores)
+            moving = np.any([consumer.moving for consumer in consumers], axis=0)
+            needed = np.where(moving, loss_scores, 0.0)
+            extra = mu * np.abs(rises).mean() * scaled_scores(needed)
         total = np.where(alive, rises + extra, np.inf)
         last = channels - 1 - int(np.argmin(total[::-1]))
         alive[last] = False
@@ -110,13 +115,15 @@ class _Consumer:
         rows, outputs = cov.xy.shape
         prior = np.asarray(kernel, np.float64)
         s = np.ones(outputs) if weight is None else np.asarray(weight, np.float64)
+        table = _rows_of(np.asarray(row_channel), channels)
+        moves = np.diagonal(cov.xx) > STILL * (np.diagonal(cov.xx) + cov.mean_x**2)
+        self.moving = (moves[table] & (table >= 0)).any(1)  # (C,): is no constant
         factor = default_ridge(cov.count, rows) if ridge is None else ridge
         scale = max(np.diagonal(cov.xx).mean(), 1e-300)
         inverse, added = _inverse(cov.xx, max(factor, NOISE) * scale)
         # Scaled by s and by the target's energy: what the rises need of W.
         unit = s / np.sqrt(max(float(cov.yy @ s**2), 1e-300))
         solved = (inverse @ (cov.xy + added * prior)) * unit
-        table = _rows_of(np.asarray(row_channel), channels)
         self._size = size = table.shape[1]
         absent = table.reshape(-1) < 0
         self._inverse = inverse[np.ix_(table.reshape(-1), table.reshape(-1))]
