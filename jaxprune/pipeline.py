@@ -142,6 +142,7 @@ def prune(
         "method": method,
         "asked": run.asked_record(),
         "left_whole": {**stuck, **slim.report.get("left_whole", {})},
+        "unread": list(graph.unread),
         "verify_max_abs_error": error,
         "seconds": time.perf_counter() - started,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxprune.check import align, follow, slim_handle
@@ -42,6 +43,10 @@ def shrink(
         new sizes (`jaxprune.frameworks.replay`), so that those groups shrink too. By
         default as the graph was traced.
 
+    Parameters that the traced call does not read (an auxiliary head of training, say)
+    stay whole too, though what they would read may not: `slim.report["unread"]` names
+    them, and a warning says so.
+
     Raises:
       PlanError: the plan does not fit the graph.
       GraphError: the variables are not those that were traced.
@@ -50,6 +55,8 @@ def shrink(
     plan, left = follow(graph, graph.complete(plan), check_replay if replay else None)
     source = graph.variables if variables is None else variables
     small = slice_variables(graph, plan, source)
+    if graph.unread and any(len(plan[g.name]) < g.size for g in graph.groups):
+        warnings.warn(_unread(graph.unread), stacklevel=2)
     folded = Folded()
     if replay:
         model, settings = replayed(graph, plan), ()
@@ -66,6 +73,17 @@ def shrink(
         "groups": groups,
         "settings": settings,
         "left_whole": left,
+        "unread": list(graph.unread),
         "rescaled": {factor.path: factor.by for factor in folded.factors},
     }
     return Slim(model, small, plan, report)
+
+
+def _unread(paths: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return (
+        f"the traced call does not read {', '.join(paths[:most])}{more}: they stay whole, "
+        "while what they would read has shrunk. A call that does read them (with "
+        "train=True, or of another method) will fail or be wrong; if you need one, trace "
+        "with apply= a call that returns its outputs too"
+    )

@@ -236,3 +236,35 @@ def test_a_branch_that_would_flip_keeps_its_group_whole():
     assert [len(slim.plan[name]) for name in ("a", "b")] == [8, 3]
     assert list(slim.report["left_whole"]) == ["a"]
     assert jp.verify(graph, {**plan, "a": np.arange(6)}, x) < 1e-6
+
+
+class _WithAuxiliary(nn.Module):
+    """A second head that only training reads."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        h = nn.relu(nn.Conv(8, (3, 3), name="a")(x))
+        y = nn.Dense(3, name="head")(h.mean((1, 2)))
+        if not (train or self.is_initializing()):
+            return y
+        return y, nn.Dense(2, name="auxiliary")(h.mean((1, 2)))
+
+
+def test_parameters_that_the_call_does_not_read_are_named():
+    model, x = _WithAuxiliary(), jnp.ones((2, 5, 5, 3))
+    variables = model.init(jax.random.key(0), x)
+    graph = jp.trace(model, variables, x)
+    with pytest.warns(UserWarning, match="does not read params/auxiliary/bias"):
+        slim = jp.shrink(graph, {"a": [1, 2]})
+    expected = ["params/auxiliary/bias", "params/auxiliary/kernel"]
+    assert slim.report["unread"] == expected == list(graph.unread)
+
+    def both(model, variables, x):
+        return model.apply(variables, x, train=True)
+
+    graph = jp.trace(model, variables, x, apply=both)
+    assert graph.unread == ()
+    slim = jp.shrink(graph, {"a": [1, 2]})
+    outputs = slim.model.apply(slim.variables, x, train=True)
+    assert [y.shape for y in outputs] == [(2, 3), (2, 2)]
+    assert jp.verify(graph, {"a": [1, 2]}, x) < 1e-5

@@ -22,6 +22,7 @@ from jaxprune.graph.failures import trace_error
 from jaxprune.graph.interpret import Record, Site, Value, Walk, axis_in_scope
 from jaxprune.graph.pins import (
     OUTPUT,
+    UNUSED,
     Frozen,
     Outputs,
     fixed_outputs,
@@ -179,6 +180,12 @@ class ChannelGraph:
             self._kept.clear()
             self._kept[key] = keep[self.classes.label]
         return self._kept[key]
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """Parameters that the traced call does not read; they stay whole."""
+        found = {axis.path for axis in self.frozen if axis.reason == UNUSED}
+        return tuple(sorted(path for path in found if self.handle.is_parameter(path)))
 
     def retrace(self, inputs: Sequence[Any]) -> ChannelGraph:
         """The same graph for inputs of other shapes (another batch size)."""
