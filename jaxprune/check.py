@@ -26,7 +26,7 @@ from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import source_line
-from jaxprune.graph.means import term_counts
+from jaxprune.graph.means import Divisor, divisor_at, of_a_mean, term_counts
 from jaxprune.records import Plan
 from jaxprune.rescale import Folded, fold_constants
 from jaxprune.slicing import slice_variables
@@ -130,6 +130,40 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
     return found
 
 
+def doubtful_divisors(
+    graph: ChannelGraph, plan: Plan | Mapping[str, Any]
+) -> tuple[frozenset[Divisor], frozenset[Divisor]]:
+    """(numbers of the source's own, means): divisions in the user's source by a number
+    that is the count of the terms that are summed, perhaps by chance.
+
+    The source at the smaller size tells which number follows. Where it cannot be traced
+    at that size, all are taken for means.
+    """
+    plan = graph.complete(plan)
+    counts = _term_counts(graph, graph.unit_mask(plan))
+    doubtful = {
+        site: divisor_at(graph.records[site], place)
+        for site, (place, _) in counts.items()
+        if not of_a_mean(graph.records[site])
+    }
+    if not doubtful:
+        return frozenset(), frozenset()
+    try:
+        means = align(graph, plan).means
+    except EmissionError:
+        return frozenset(), frozenset(doubtful.values())
+    own = frozenset(found for site, found in doubtful.items() if site not in means)
+    return own, frozenset()
+
+
+def _term_counts(graph: ChannelGraph, mask: np.ndarray) -> dict[Site, tuple[int, Any]]:
+    return term_counts(
+        graph.closed,
+        graph.records,
+        lambda value, shape: kept_shape(graph, mask, value.axes, shape),
+    )
+
+
 def _explain(
     graph: ChannelGraph, mask: np.ndarray, literals: Mapping[Site, list[Any]]
 ) -> Aligned:
@@ -142,11 +176,7 @@ def _explain(
     }
     if not changed:
         return Aligned()
-    counts = term_counts(
-        graph.closed,
-        graph.records,
-        lambda value, shape: kept_shape(graph, mask, value.axes, shape),
-    )
+    counts = _term_counts(graph, mask)
     means: dict[Site, list[Any]] = {}
     others = dict(literals)
     for site in changed & counts.keys():

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxprune.check import align, follow, slim_handle
+from jaxprune.check import align, doubtful_divisors, follow, slim_handle
 from jaxprune.collection import uncollected
 from jaxprune.frameworks.replay import check_replay
 from jaxprune.frameworks.replay import replay as replayed
@@ -41,7 +41,10 @@ def shrink(
       replay: for models whose source states widths: `slim.model` becomes a function
         (variables, *inputs) -> outputs that evaluates the original's program at the
         new sizes (`jaxprune.frameworks.replay`), so that those groups shrink too. By
-        default as the graph was traced.
+        default as the graph was traced. Divisions by the number of summed channels in
+        the model's source that only may be means are in
+        `slim.report["taken_for_means"]`, {source line: number}, where the source at the
+        smaller size could not tell.
 
     Parameters that the traced call does not read (an auxiliary head of training, say)
     stay whole too, though what they would read may not: `slim.report["unread"]` names
@@ -57,9 +60,10 @@ def shrink(
     small = slice_variables(graph, plan, source)
     if graph.unread and any(len(plan[g.name]) < g.size for g in graph.groups):
         warnings.warn(_unread(graph.unread), stacklevel=2)
-    folded = Folded()
+    folded, means = Folded(), frozenset()
     if replay:
-        model, settings = replayed(graph, plan), ()
+        own, means = doubtful_divisors(graph, plan)
+        model, settings = replayed(graph, plan, own=own), ()
     else:
         folded = align(graph, plan).folded
         small = rescale(keep_indices(graph, plan), folded, small)
@@ -74,6 +78,7 @@ def shrink(
         "settings": settings,
         "left_whole": left,
         "unread": list(graph.unread),
+        "taken_for_means": dict(sorted(means)),
         "rescaled": {factor.path: factor.by for factor in folded.factors},
     }
     return Slim(model, small, plan, report)

@@ -11,7 +11,13 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune import trees
-from jaxprune.check import align, axis_mask, kept_shape, slim_handle
+from jaxprune.check import (
+    align,
+    axis_mask,
+    doubtful_divisors,
+    kept_shape,
+    slim_handle,
+)
 from jaxprune.errors import EmissionError, GraphError
 from jaxprune.frameworks.program import shape_of
 from jaxprune.frameworks.replay import size_literals
@@ -54,7 +60,8 @@ def masked_outputs(
     graph = graph.retrace(inputs)
     mask = graph.unit_mask(plan)
     if replay:
-        literals = size_literals(graph, plan, inputs)
+        own, _ = doubtful_divisors(graph, plan)
+        literals = size_literals(graph, plan, inputs, own)
     else:
         literals = align(graph, plan).means
 

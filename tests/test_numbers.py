@@ -280,3 +280,36 @@ def test_every_output_is_proven_at_its_own_scale(monkeypatch, wrong):
     monkeypatch.setattr(module, "masked_outputs", broken)
     with pytest.raises(jp.PruneError, match="differs from the masked original"):
         jp.verify(graph, {"a": [0, 3, 4]}, TOKENS)
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_number_of_the_sources_own_may_equal_the_width(stated):
+    """The source at the smaller size tells, where it can be traced there."""
+    width, temperature = 8, 8.0
+
+    def model(params, x):
+        h = jnp.tanh(x @ params["a"])
+        if stated:  # no smaller model can follow
+            h = h.reshape(*h.shape[:-1], width)
+        return h.sum(-1, keepdims=True) / temperature + h @ params["b"]
+
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "a": jax.random.normal(keys[0], (5, width)),
+        "b": jax.random.normal(keys[1], (width, 3)),
+    }
+    graph = jp.trace(model, params, TOKENS)
+    kept = np.array([0, 3, 4])
+    slim = jp.shrink(graph, {graph.groups[0].name: kept}, replay=True)
+    lines = slim.report["taken_for_means"]
+    assert jp.verify(graph, slim.plan, TOKENS, replay=True) < 1e-5
+    if stated:
+        ((line, number),) = lines.items()
+        assert line.startswith("test_numbers.py:") and number == temperature
+        return
+    assert lines == {}
+    gone = np.setdiff1d(np.arange(width), kept)
+    masked = {**params, "a": params["a"].at[:, gone].set(0)}
+    np.testing.assert_allclose(
+        slim.model(slim.variables, TOKENS), model(masked, TOKENS), atol=1e-5
+    )

@@ -23,7 +23,7 @@ from jaxprune.graph import Record, Site, Value
 from jaxprune.graph.atoms import Atoms, Classes
 from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import Walk
-from jaxprune.graph.means import term_counts
+from jaxprune.graph.means import Divisor, divisor_at, term_counts
 from jaxprune.graph.rules import RULES
 
 Masks = Mapping[tuple[str, int], np.ndarray]
@@ -166,14 +166,20 @@ def _factors_of_products(
 Constants = dict[Site, list[Any]]
 
 
-def constants(program: Program) -> Constants:
+def constants(program: Program, own: frozenset[Divisor] = frozenset()) -> Constants:
     """By site, what replaces constant operands; None leaves an operand as it is.
 
     Arrays lose what the plan removes. A literal that divides a sum by the number of
-    its terms (a mean, so also the statistics of a norm) counts the terms left.
+    its terms (a mean, so also the statistics of a norm) counts the terms left, but
+    where `own` says that the number is the source's own.
     """
     found: Constants = {}
     counts = term_counts(program.closed, program.records, program.shape)
+    counts = {
+        site: count
+        for site, count in counts.items()
+        if divisor_at(program.records[site], count[0]) not in own
+    }
     _constants(program, program.closed, (), counts, found)
     return found
 

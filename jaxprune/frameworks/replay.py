@@ -5,7 +5,8 @@ of the original call is evaluated equation by equation; the sizes that equations
 (shapes, slice bounds, tile counts, feature groups) become those of the plan. The
 price: the result is a function; custom derivative rules are lost, because calls are
 inlined; size constants other than the divisor of a mean stay those of the original,
-which is what the masked network has.
+which is what the masked network has. A division in the user's own source by the number
+of the terms is a mean unless the source, at the smaller size, says otherwise.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jaxprune.frameworks.program import (
 )
 from jaxprune.graph import ChannelGraph, Record, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import bind
+from jaxprune.graph.means import Divisor
 from jaxprune.records import Plan
 from jaxprune.slicing import slice_variables
 
@@ -46,11 +48,13 @@ class Replayed:
       call: the original, a function (variables, *inputs).
       variables: shapes of the variables at full size.
       masks: {(path, axis): bool array (n,)}, what is kept of them.
+      own: divisors that stay, though they are the number of terms.
     """
 
     call: Callable[..., Any]
     variables: Any
     masks: Mapping[tuple[str, int], np.ndarray]
+    own: frozenset[Divisor] = frozenset()
     _programs: dict[Any, tuple[Program, Constants]] = field(default_factory=dict)
 
     def __call__(self, variables: Any, *inputs: Any) -> Any:
@@ -99,7 +103,7 @@ class Replayed:
             found = program_of(self.call, self.variables, structs, self.masks)
             while len(self._programs) >= _KEPT_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = (found, constants(found))
+            self._programs[key] = (found, constants(found, self.own))
         return self._programs[key]
 
 
@@ -107,6 +111,7 @@ def replay(
     graph: ChannelGraph,
     plan: Plan | Mapping[str, Any],
     call: Callable[..., Any] | None = None,
+    own: frozenset[Divisor] = frozenset(),
 ) -> Replayed:
     """A function (sliced variables, *inputs) -> outputs, at the widths of the plan.
 
@@ -116,11 +121,12 @@ def replay(
       call: (variables, *inputs) -> outputs of the full-size model; another call than
         the one traced where given: one for training, with random keys among the
         inputs and new statistics among the outputs, say.
+      own: see `jaxprune.check.doubtful_divisors`.
     """
     structs = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), graph.variables
     )
-    return Replayed(call or graph.handle, structs, graph.place_masks(plan))
+    return Replayed(call or graph.handle, structs, graph.place_masks(plan), own)
 
 
 def check_replay(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> None:
@@ -143,10 +149,13 @@ def check_replay(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> None:
 
 
 def size_literals(
-    graph: ChannelGraph, plan: Plan | Mapping[str, Any], inputs: tuple[Any, ...]
+    graph: ChannelGraph,
+    plan: Plan | Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    own: frozenset[Divisor] = frozenset(),
 ) -> Constants:
     """By site, the literals of the original that a replay changes; None elsewhere."""
-    _, replaced = replay(graph, plan).program(inputs)
+    _, replaced = replay(graph, plan, own=own).program(inputs)
     return {
         site: [new if new is not None and np.ndim(new) == 0 else None for new in row]
         for site, row in replaced.items()

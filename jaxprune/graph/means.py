@@ -13,11 +13,18 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.graph.evaluate import CALLS, sub_jaxprs
-from jaxprune.graph.interpret import Record, Site, Value
+from jaxprune.graph.interpret import Record, Site, Value, is_user_file, source_line
 
 Shape = tuple[int, ...]
 # What a plan leaves of the shape of an array.
 Left = Callable[[Value, Shape], Shape]
+# A number that a source line divides by.
+Divisor = tuple[str, float]
+# Functions of JAX and Flax whose divisors are the number of terms.
+_MEANS = frozenset(
+    """mean _mean nanmean var _var nanvar std _std nanstd average _average standardize
+    _compute_stats""".split()
+)
 _PASSED = frozenset(
     "convert_element_type broadcast_in_dim reshape squeeze transpose copy".split()
 )
@@ -41,6 +48,25 @@ def term_counts(
     found: dict[Site, tuple[int, Any]] = {}
     _walk(closed.jaxpr, (), {}, records, left, found)
     return found
+
+
+def divisor_at(record: Record, place: int) -> Divisor:
+    """The user's source line of a division, and the number there."""
+    return source_line(record.eqn), float(record.eqn.invars[place].val)
+
+
+def of_a_mean(record: Record) -> bool:
+    """True if jnp.mean or its like divides: the number counts terms for sure.
+
+    A division in the user's own source may be by another number of that size.
+    """
+    traceback = getattr(record.eqn.source_info, "traceback", None)
+    for frame in traceback.frames if traceback else ():
+        if is_user_file(frame.file_name):
+            return False
+        if frame.function_name in _MEANS:
+            return True
+    return False
 
 
 def _walk(
