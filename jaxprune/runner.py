@@ -30,7 +30,7 @@ from jaxprune.methods.refitting import (
     Refitting,
 )
 from jaxprune.methods.scores import score
-from jaxprune.methods.sensitivity import Curves, sensitivity
+from jaxprune.methods.sensitivity import Probe, sensitivity
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Budget, Group, Plan
 from jaxprune.selection import allocate, uniform_counts
@@ -186,7 +186,8 @@ class Runner:
         bound: budgets.Constraint,
         selection: Mapping[str, Any],
     ) -> tuple[dict[str, int], budgets.Constraint]:
-        """Channels to keep: equal shares, or by what each group loses under refit."""
+        """Channels to keep: equal shares, or by what each group loses under refit, if the
+        network loses less so."""
         limits = {k: v for k, v in selection.items() if k in budgets.LIMITS}
         how = selection.get("allocation", "sensitivity")
         if how not in ("sensitivity", "uniform"):
@@ -200,19 +201,22 @@ class Runner:
 
         choose = uniform
         if how == "sensitivity":
-            curves = self.curves(graph, groups, uniform(bound))
+            probe = self.probe(graph, groups, uniform(bound))
+            curves = sensitivity(probe, self.on_progress)
 
             def choose(bound: budgets.Constraint) -> dict[str, int]:
                 budgets.check_feasible(bound, groups, limits)
-                return allocate(groups, curves, bound.cost_fn, bound.limit, **limits)
+                found = allocate(groups, curves, bound.cost_fn, bound.limit, **limits)
+                # What groups lose alone may not add up: layers that share a stem.
+                return min(found, uniform(bound), key=probe.loss)
 
         return budgets.settle(bound, choose, lambda counts: _as_plan(graph, counts))
 
-    def curves(
+    def probe(
         self, graph: ChannelGraph, groups: Sequence[Group], uniform: Mapping[str, int]
-    ) -> Curves:
-        """What each group loses at every count; `uniform` are counts to start from."""
-        return sensitivity(
+    ) -> Probe:
+        """What widths are tried on; `uniform` are counts to start from."""
+        return Probe(
             graph,
             graph.variables,
             self.data,
@@ -221,7 +225,6 @@ class Runner:
             groups=groups,
             refitting=self.options.refitting,
             seed=self.seed,
-            on_progress=self.on_progress,
         )
 
     def chooser(

@@ -39,59 +39,82 @@ from jaxprune.slicing import mask_variables
 SHARES = (0.15, 0.35, 0.55, 0.75, 0.9)
 # Examples whose outputs are compared: divergences vary little between examples.
 EXAMPLES = 250
+SURE = 1e-3
 
 Curves = dict[str, np.ndarray]
 
 
-def sensitivity(
-    graph: ChannelGraph,
-    variables: Any,
-    calibration: Calibration,
-    taps: Sequence[Tap],
-    choose: Chooser,
-    *,
-    groups: Sequence[Group],
-    refitting: Refitting,
-    seed: int = 0,
-    on_progress: Progress | None = None,
-) -> Curves:
-    """{group: (C + 1,)}: divergence of the outputs with 0, 1, ..., C channels kept.
+class Probe:
+    """The original network, measured once, to try widths on.
 
-    One pass for the moments of all groups, then a forward run of some examples
-    for each group and share: the network keeps its shapes, so nothing is recompiled.
+    `loss` prunes groups to some counts, all by the moments of the original, and runs
+    the network, which keeps its shapes: nothing is measured anew or recompiled.
     """
-    used = {
-        (tap.site, tap.part): tap for group in groups for tap in group_taps(taps, group)
-    }
-    measured = measure_moments(
-        graph, list(used.values()), variables, variables, calibration,
-        positions=refitting.positions, seed=seed,
-    )  # fmt: skip
-    leaves = trees.flatten(variables)
-    loss = divergence(graph, variables, calibration)
-    curves: Curves = {}
-    for number, group in enumerate(groups):
-        terms = measured_terms(group, group_taps(taps, group), measured, leaves)
-        counts = sorted({max(1, round(share * group.size)) for share in SHARES})
-        counts = [count for count in counts if count < group.size]
-        losses = []
-        for count in counts:
-            kept = choose(group, terms, count)
-            plan = graph.complete({group.name: kept})
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        variables: Any,
+        calibration: Calibration,
+        taps: Sequence[Tap],
+        choose: Chooser,
+        *,
+        groups: Sequence[Group],
+        refitting: Refitting,
+        seed: int = 0,
+    ) -> None:
+        self.graph, self.variables, self.refitting = graph, variables, refitting
+        self.groups, self._choose = groups, choose
+        self._taps = {group.name: group_taps(taps, group) for group in groups}
+        used = {
+            (tap.site, tap.part): tap for mine in self._taps.values() for tap in mine
+        }
+        self._measured = measure_moments(
+            graph, list(used.values()), variables, variables, calibration,
+            positions=refitting.positions, seed=seed,
+        )  # fmt: skip
+        self._divergence = divergence(graph, variables, calibration)
+
+    def loss(self, counts: Mapping[str, int]) -> float:
+        """Divergence of the outputs with that many channels kept of the named groups."""
+        original = trees.flatten(self.variables)
+        current, keep = self.variables, {}
+        for group in self.groups:
+            if counts.get(group.name, group.size) >= group.size:
+                continue
+            leaves = trees.flatten(current)
+            terms = measured_terms(
+                group, self._taps[group.name], self._measured, leaves
+            )
+            kept = self._choose(group, terms, counts[group.name])
+            keep[group.name] = np.sort(kept)
+            plan = self.graph.complete(keep)
             changed = refit_consumers(
                 terms,
                 Choice(kept),
                 leaves,
-                leaves,
-                graph.unit_mask(plan),
-                refitting,
+                original,
+                self.graph.unit_mask(plan),
+                self.refitting,
                 {},
             )
-            pruned = mask_variables(graph, plan, trees.replace(variables, changed))
-            losses.append(loss(pruned))
+            current = mask_variables(self.graph, plan, trees.replace(current, changed))
+        return self._divergence(current)
+
+
+def sensitivity(probe: Probe, on_progress: Progress | None = None) -> Curves:
+    """{group: (C + 1,)}: divergence of the outputs with 0, 1, ..., C channels kept.
+
+    Of each group alone, measured at some shares and interpolated.
+    """
+    curves: Curves = {}
+    for number, group in enumerate(probe.groups):
+        counts = sorted({max(1, round(share * group.size)) for share in SHARES})
+        counts = [count for count in counts if count < group.size]
+        losses = [probe.loss({group.name: count}) for count in counts]
         curves[group.name] = curve(counts, losses, group.size)
         if on_progress is not None:
-            on_progress("sensitivity", number + 1, len(groups))
+            on_progress("sensitivity", number + 1, len(probe.groups))
     return curves
 
 
@@ -119,8 +142,9 @@ def divergence(graph: ChannelGraph, variables: Any, calibration: Calibration):
     """A function of variables: mean divergence of the outputs from the original's.
 
     Kullback-Leibler between the softmax of two-dimensional floating-point outputs
-    (logits), the relative squared error of any others; averaged over at
-    least `EXAMPLES` examples.
+    (logits) and `SURE` of their relative squared error, which tells widths apart where
+    the softmax is sure of one class; the relative squared error of any other outputs.
+    Averaged over at least `EXAMPLES` examples.
     """
     batches = []
     for inputs, _, weight in calibration:
@@ -139,13 +163,11 @@ def divergence(graph: ChannelGraph, variables: Any, calibration: Calibration):
             if not jnp.issubdtype(wanted.dtype, jnp.floating):
                 continue
             found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
+            gap = _relative_error(found, wanted)
             if wanted.ndim == 2 and wanted.shape[1] > 1:
-                log_p = jax.nn.log_softmax(wanted)
-                gap = (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(found))).sum(1)
-            else:
-                axes = tuple(range(1, wanted.ndim))
-                gap = jnp.square(found - wanted).sum(axes)
-                gap = gap / jnp.maximum(jnp.square(wanted).sum(axes), 1e-12)
+                wanted, found = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
+                divergence = (jnp.exp(wanted) * (wanted - found)).sum(1)
+                gap = jnp.maximum(divergence, 0) + SURE * gap
             total = total + (gap * weight).sum()
         return total
 
@@ -159,3 +181,10 @@ def divergence(graph: ChannelGraph, variables: Any, calibration: Calibration):
         return float(sum(map(float, parts)) / count)
 
     return loss
+
+
+def _relative_error(found: jax.Array, wanted: jax.Array) -> jax.Array:
+    """(B,): squared error of each example's output, relative to its square."""
+    axes = tuple(range(1, wanted.ndim))
+    error = jnp.square(found - wanted).sum(axes)
+    return error / jnp.maximum(jnp.square(wanted).sum(axes), 1e-12)
