@@ -75,8 +75,14 @@ def pruning(args: SimpleNamespace, *, layer_epochs: int) -> Pruning:
     Args:
       layer_epochs: of fine-tuning after each layer, for importance_redundancy.
     """
-    # Vector units and tensor cores waste what is no multiple of 8.
-    common = Pruning(args.method, macs=args.macs, preset=args.preset, round_to=8)
+    common = Pruning(
+        args.method,
+        macs=args.macs,
+        preset=args.preset,
+        # Vector units and tensor cores waste what is no multiple of 8; the preset's
+        # own rules alone decide what it keeps.
+        round_to=None if args.preset else 8,
+    )
     if args.method != "importance_redundancy":
         return common
     return dataclasses.replace(

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxprune.errors import BudgetError
+from jaxprune.checks import check_names, is_number, scalar
+from jaxprune.errors import BudgetError, ConfigError
 from jaxprune.graph import ChannelGraph
 from jaxprune.latency import LatencyTable, Progress, measure_latency, with_batch
 from jaxprune.records import Budget, Group, Plan
-from jaxprune.selection import limits
+from jaxprune.selection import LIMIT_RULES, RANKING_RULES, limits
 from jaxprune.selection import select as select_plan
 
 KINDS = ("macs", "params", "bytes", "latency_ms", "keep")
-# Options of the selection that decide which counts are legal.
-LIMITS = ("round_to", "min_keep", "min_ratio", "overrides", "ignore")
 # A latency table that misses by more than this share is corrected by what was
 # measured, so often at most; every time costs compiling the slim model.
 MISS = 0.05
@@ -51,18 +50,18 @@ class Constraint(NamedTuple):
         return round(limit / self.whole, 9) if self.whole else 0.0
 
 
-def one_budget(**asked: float | None) -> Budget | None:
+def one_budget(**asked: Any) -> Budget | None:
     """The budget that is not None; None if none is asked.
 
     Raises:
       BudgetError: several at once, or a value out of range.
     """
-    given = {kind: value for kind, value in asked.items() if value is not None}
+    given = {kind: scalar(v) for kind, v in asked.items() if v is not None}
     if len(given) > 1:
         raise BudgetError(f"expected one budget, found {given}; leave one of them")
     for kind, value in given.items():
-        number = isinstance(value, int | float)
-        if kind == "latency_ms" and not (number and 0 < value < math.inf):
+        number = is_number(value)
+        if kind == "latency_ms" and not (number and value > 0):
             raise BudgetError(
                 f"latency_ms={value!r}: expected milliseconds above 0, of one batch on "
                 "this device; jaxprune.cost.latency_ms(model, variables, x) measures "
@@ -117,12 +116,12 @@ def check_feasible(
     """Nothing, if the smallest legal counts meet the budget.
 
     Args:
-      options: of the selection; those in `LIMITS` decide which counts are legal.
+      options: of the selection; those in `LIMIT_RULES` decide which counts are legal.
 
     Raises:
       BudgetError: they do not; says the nearest budget that can be met.
     """
-    given = {name: options[name] for name in LIMITS if name in options}
+    given = {name: options[name] for name in LIMIT_RULES if name in options}
     low = limits(groups, **given).low
     least = bound.cost_fn({name: np.arange(count) for name, count in low.items()})
     if least <= bound.limit:
@@ -196,6 +195,7 @@ def select(
         ignore, see `jaxprune.selection.select`.
 
     Raises:
+      ConfigError: an unknown option, or a value of a wrong type or out of range.
       BudgetError: no budget or several, or none of the plans allowed meets it; says
         the nearest that can be met.
       ScoreError: scores that cannot be ranked.
@@ -205,9 +205,28 @@ def select(
     )
     if budget is None:
         raise BudgetError(NO_BUDGET)
-    groups = graph.groups if groups is None else tuple(groups)
+    check_names(options, (*RANKING_RULES, *LIMIT_RULES), "select")
+    groups = graph.groups if groups is None else _own(graph, groups)
     bound = constraint(graph, budget, groups)
     return select_within(graph, scores, bound, groups, options)[0]
+
+
+def _own(graph: ChannelGraph, groups: Any) -> tuple[Group, ...]:
+    """The groups as a tuple.
+
+    Raises:
+      ConfigError: not all of them are groups of the graph.
+    """
+    known = {(group.name, group.size) for group in graph.groups}
+    listed = isinstance(groups, Iterable) and not isinstance(groups, str)
+    groups = tuple(groups) if listed else (groups,)
+    own = (isinstance(g, Group) and (g.name, g.size) in known for g in groups)
+    if not all(own):
+        raise ConfigError(
+            f"groups must be Groups of this graph; found {str(groups)[:60]}: take them "
+            "from graph.groups, or by graph.group(name)"
+        )
+    return groups
 
 
 NO_BUDGET = "no budget: pass macs=, params=, bytes=, latency_ms= or keep="

@@ -302,6 +302,16 @@ def range_problems(options: Options) -> list[str]:
             f"{shown}: the thresholds of the preset decide what remains; set all of "
             "them to None"
         )
+    fixed = [
+        f"prune.{name}={value!r}"
+        for name in ("round_to", "min_keep", "allocation")
+        if prune.preset and (value := getattr(prune, name)) is not None
+    ]
+    if fixed:
+        problems.append(
+            f"{', '.join(fixed)}: the thresholds of prune.preset={prune.preset!r} "
+            "decide what remains; set to None"
+        )
     patient = {
         "train.patience": options.train.patience,
         "finetune.patience": options.finetune.patience,

@@ -8,13 +8,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxprune import budget as budgets
 from jaxprune.check import follow
+from jaxprune.checks import check_values
 from jaxprune.errors import BudgetError, ConfigError
 from jaxprune.frameworks import handle_of
 from jaxprune.graph import ChannelGraph
 from jaxprune.latency import LatencyTable
+from jaxprune.methods.losses import check_callable
 from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
 from jaxprune.methods.reconstruct import (
     Progress,
@@ -22,7 +25,7 @@ from jaxprune.methods.reconstruct import (
 from jaxprune.methods.seed_ratio import seed_ratio
 from jaxprune.records import Budget, Group, Slim
 from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
-from jaxprune.runner import Runner, conv_order, parse_options
+from jaxprune.runner import ARGUMENTS, Runner, conv_order, parse_options
 from jaxprune.schedule import removed_shares
 from jaxprune.surgery import shrink
 from jaxprune.tracing import trace
@@ -88,28 +91,37 @@ def prune(
         `Rules` (entropy_threshold, ...: jaxprune.methods.redundancy_rules).
 
     Raises:
-      ConfigError: unknown method, option or schedule.
+      ConfigError: unknown method, option or schedule, or a value of a wrong type or
+        out of range.
+      DataError, ScoreError: calibration data, or a loss, of another form.
       BudgetError: no plan meets the budget; says the nearest.
       EmissionError: the proof failed.
     """
     started = time.perf_counter()
-    if batches is None:
-        variables, batches = None, variables
-    data = batches if isinstance(batches, Calibration) else Calibration(batches)
-    chosen = parse_options(method, options)
     asked = budgets.one_budget(
         macs=macs, params=params, bytes=bytes, latency_ms=latency_ms, keep=keep
     )
-    if asked is None and method != "importance_redundancy":
-        raise BudgetError(budgets.NO_BUDGET)
+    chosen = parse_options(method, options, asked)
+    arguments = {
+        "finetune": finetune, "on_progress": on_progress, "steps": steps,
+        "latency_batch": latency_batch, "seed": seed, "verify": verify,
+    }  # fmt: skip
+    check_values(arguments, ARGUMENTS)
     shares = _shares(schedule, steps, asked, finetune)
+    loss_fn = cross_entropy if loss_fn is None else loss_fn
+    check_callable(loss_fn)
+    if batches is None and isinstance(model, nnx.Module):
+        variables, batches = None, variables
+    data = batches if isinstance(batches, Calibration) else Calibration(batches)
     if variables is None:
         graph = trace(model, data.inputs, apply=apply, ignore=ignore)
     else:
         graph = trace(model, variables, data.inputs, apply=apply, ignore=ignore)
     groups, stuck = _prunable(graph)
-    loss_fn = loss_fn or cross_entropy
-    run = Runner(method, data, loss_fn, asked, seed, chosen, on_progress=on_progress)
+    run = Runner(
+        method, groups, data, loss_fn, asked, seed, chosen, on_progress=on_progress
+    )
+    run.check_loss(graph)
     bound = None
     if asked is not None:
         bound = budgets.constraint(
@@ -199,10 +211,21 @@ def _prunable(graph: ChannelGraph) -> tuple[list[Group], dict[str, str]]:
     half = {name: index[: max(1, index.size // 2)] for name, index in full.items()}
     _, stuck = follow(graph, graph.complete(half))
     groups = [g for g in graph.groups if g.name not in stuck]
-    if not groups:
+    if not graph.groups:
         raise BudgetError(
             "no group of channels can be pruned; print(jaxprune.trace(...)) says why:\n"
             f"{graph}"
+        )
+    if not groups:
+        reasons = [f"group {name!r}: {text}" for name, text in list(stuck.items())[:8]]
+        raise BudgetError(
+            f"none of the {len(stuck)} groups of channels can be pruned, because the "
+            "model's source does not follow the widths of its arrays:\n  "
+            + "\n  ".join(reasons)
+            + "\nPass a Flax module itself instead of a function around it (apply= "
+            "says how it is called), or prune its program: plan = jaxprune.select("
+            "graph, scores, ...) and jaxprune.shrink(graph, plan) on graph = "
+            "jaxprune.trace(..., replay=True)"
         )
     return groups, stuck
 

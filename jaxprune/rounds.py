@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from jaxprune import budget as budgets
+from jaxprune import trees
 from jaxprune.check import slim_handle
+from jaxprune.errors import GraphError
 from jaxprune.graph import ChannelGraph, build
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.reconstruct import (
@@ -26,7 +28,7 @@ from jaxprune.methods.reconstruct import (
 from jaxprune.records import Group, Plan, Slim
 from jaxprune.runner import Runner
 from jaxprune.schedule import limits_at
-from jaxprune.selection import limits
+from jaxprune.selection import LIMIT_RULES, limits
 from jaxprune.surgery import shrink
 from jaxprune.verify import verify as prove
 
@@ -91,12 +93,32 @@ def retraced(
     slim = state.slim
     tuned = slim.variables
     if finetune is not None:
-        tuned = finetune(slim.model, slim.variables)
+        tuned = _same_shapes(finetune(slim.model, slim.variables), slim.variables)
     handle = slim_handle(state.graph, slim.plan, tuned)
     graph = build(handle, tuned, data.inputs, ignore=ignore)
     return state._replace(
         graph=graph, slim=Slim(handle.model, tuned, slim.plan, slim.report)
     )
+
+
+def _same_shapes(tuned: Any, given: Any) -> Any:
+    """The variables that fine-tuning returned.
+
+    Raises:
+      GraphError: they are not those it was given, trained.
+    """
+    found = {path: np.shape(leaf) for path, leaf in trees.flatten(tuned).items()}
+    problems = [
+        f"{path}: expected shape {np.shape(leaf)}, found {found.get(path, 'nothing')}"
+        for path, leaf in trees.flatten(given).items()
+        if found.get(path) != np.shape(leaf)
+    ]
+    if problems:
+        raise GraphError(
+            "finetune= must return the variables of the smaller model that it is "
+            "given:\n  " + "\n  ".join(problems[:8])
+        )
+    return tuned
 
 
 def as_slim(graph: ChannelGraph, state: Composed) -> Slim:
@@ -202,7 +224,7 @@ def legal_here(
       selection: as asked for the original `groups`.
       current: the same groups at the sizes they have now.
     """
-    given = {n: selection[n] for n in budgets.LIMITS if n in selection}
+    given = {n: selection[n] for n in LIMIT_RULES if n in selection}
     bounds = limits(groups, **given)
     full = {group.name: group.size for group in groups}
     floors, fixed = {}, {}

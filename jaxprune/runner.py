@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -11,13 +10,26 @@ import numpy as np
 
 from jaxprune import budget as budgets
 from jaxprune import trees
-from jaxprune.criteria import CRITERIA
-from jaxprune.errors import ConfigError
+from jaxprune.checks import (
+    FLAG,
+    FUNCTION,
+    SEED,
+    Rule,
+    check_names,
+    check_values,
+    did_you_mean,
+    one_of,
+    optional,
+    whole,
+)
+from jaxprune.criteria import CRITERIA, criterion
+from jaxprune.errors import BudgetError, ConfigError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.cpli import Objective, cpli
 from jaxprune.methods.cpli import chooser as cpli_chooser
 from jaxprune.methods.importance_redundancy import chooser as redundancy_chooser
 from jaxprune.methods.importance_redundancy import importance_redundancy
+from jaxprune.methods.losses import check_loss
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.ranking import follow_plan
 from jaxprune.methods.reconstruct import (
@@ -29,22 +41,31 @@ from jaxprune.methods.redundancy_rules import Rules
 from jaxprune.methods.refitting import (
     Refitting,
 )
-from jaxprune.methods.scores import score
+from jaxprune.methods.scores import OF_GRADIENTS, score
 from jaxprune.methods.sensitivity import Probe, sensitivity
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Budget, Group, Plan
-from jaxprune.selection import allocate, uniform_counts
+from jaxprune.selection import (
+    LIMIT_RULES,
+    RANKING_RULES,
+    allocate,
+    limits,
+    uniform_counts,
+)
 
 LAYERWISE = ("cpli", "lasso", "importance_redundancy")
-SELECTION = (
-    "strategy", "normalize", "allocation", "round_to", "min_keep", "min_ratio",
-    "overrides",
-)  # fmt: skip
-
-SEED_BUDGET = (
-    "preset='seed' prunes by its two thresholds: leave out macs, params, bytes, keep "
-    "and latency_ms"
-)
+# Limits of the widths, which all methods take; what to ignore is said to the trace.
+WIDTHS = {name: rule for name, rule in LIMIT_RULES.items() if name != "ignore"}
+ALLOCATION = {"allocation": one_of("sensitivity", "uniform")}
+# Arguments of every call.
+ARGUMENTS: dict[str, Rule] = {
+    "finetune": optional(FUNCTION),
+    "on_progress": optional(FUNCTION),
+    "steps": optional(whole(1)),
+    "latency_batch": optional(whole(1)),
+    "seed": SEED,
+    "verify": FLAG,
+}
 
 
 class Options(NamedTuple):
@@ -68,18 +89,21 @@ def methods() -> tuple[str, ...]:
     return (*LAYERWISE, *CRITERIA)
 
 
-def parse_options(method: str, options: Mapping[str, Any]) -> Options:
+def parse_options(
+    method: str, options: Mapping[str, Any], asked: Budget | None
+) -> Options:
     """The options by part.
 
     Raises:
       ConfigError: an unknown method, an option that it does not take, or a bad value.
+      BudgetError: no budget for a method that needs one.
     """
-    if method not in methods():
-        close = difflib.get_close_matches(method, methods(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+    if not one_of(*methods()).holds(method):
         raise ConfigError(
-            f"unknown method {method!r}; {hint}known: {', '.join(methods())}"
+            f"unknown method {method!r}; {did_you_mean(method, methods())}known: "
+            f"{', '.join(methods())}"
         )
+    selection = WIDTHS | (ALLOCATION if method in LAYERWISE else RANKING_RULES)
     taken = _names(Refitting)
     if method == "cpli":
         taken |= _names(Objective)
@@ -89,19 +113,29 @@ def parse_options(method: str, options: Mapping[str, Any]) -> Options:
         taken = (taken | _names(Rules)) - {"passes"}
     # A preset that is not asked for is no option.
     given = {n: v for n, v in options.items() if (n, v) != ("preset", None)}
-    unknown = [n for n in given if n not in taken and n not in SELECTION]
-    if unknown:
+    check_names(given, {*taken, *selection}, f"method {method!r}")
+    check_values(given, selection)
+    if asked is None and method != "importance_redundancy":
+        raise BudgetError(budgets.NO_BUDGET)
+    if asked is None and "allocation" in given:
         raise ConfigError(
-            f"method {method!r} has no option {unknown[0]!r}; it takes "
-            f"{', '.join(sorted(taken | set(SELECTION)))}"
+            "allocation shares out a budget: pass macs=, params=, bytes=, latency_ms= "
+            "or keep=, or leave it out"
         )
+    if given.get("preset") == "seed":
+        fixed = sorted(selection.keys() & given.keys())
+        if asked is not None or fixed:
+            raise ConfigError(
+                "preset='seed' prunes by its two thresholds: leave out "
+                f"{', '.join(fixed) or 'macs, params, bytes, keep and latency_ms'}"
+            )
     if method == "lasso":
         given |= {"selection": "lasso", "mu": 0.0, "feature_importance": False}
     return Options(
         Objective(**_of(Objective, given)),
         Rules(**_of(Rules, given)),
         Refitting(**_of(Refitting, given)),
-        {n: v for n, v in given.items() if n in SELECTION},
+        {n: v for n, v in given.items() if n in selection},
     )
 
 
@@ -115,11 +149,16 @@ def _of(record: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Runner:
-    """One method with its options, to be run on a graph."""
+    """One method with its options, to be run on a graph.
+
+    Args:
+      groups: those of the original graph that are to be pruned.
+    """
 
     def __init__(
         self,
         method: str,
+        groups: Sequence[Group],
         data: Calibration,
         loss_fn: LossFn,
         asked: Budget | None,
@@ -127,11 +166,35 @@ class Runner:
         options: Options,
         on_progress: Progress | None,
     ):
-        if asked is not None and options.rules.preset == "seed":
-            raise ConfigError(SEED_BUDGET)
         self.method, self.data, self.loss_fn, self.asked = method, data, loss_fn, asked
         self.seed, self.options, self.selection = seed, options, options.selection
         self.on_progress = on_progress
+        widths = {n: v for n, v in options.selection.items() if n in WIDTHS}
+        self.legal = limits(groups, **widths)
+
+    def check_loss(self, graph: ChannelGraph) -> None:
+        """Nothing, if labels and loss fit the network and the method.
+
+        Raises:
+          ScoreError: they do not.
+        """
+        objective, user, without = self.options.objective, None, ""
+        if self.method == "cpli" and (objective.mu > 0 or objective.feature_importance):
+            user = "the classification loss"
+            without = (
+                ", or select by reconstruction alone with mu=0, "
+                "feature_importance=False"
+            )
+        name = self.method
+        if name == "importance_redundancy":
+            name = self.options.rules.importance
+        if name not in LAYERWISE and criterion(name).needs in OF_GRADIENTS:
+            user = f"criterion {name!r}"
+        if user is not None:
+            check_loss(
+                graph, graph.variables, self.data, self.loss_fn, user=user,
+                without=without,
+            )  # fmt: skip
 
     def asked_record(self) -> dict[str, Any]:
         """The budget and, for importance_redundancy, the thresholds; JSON-ready."""
@@ -176,8 +239,7 @@ class Runner:
             loss_fn=self.loss_fn,
             seed=self.seed,
         )
-        options = {n: v for n, v in selection.items() if n != "allocation"}
-        return budgets.select_within(graph, scores, bound, groups, options)
+        return budgets.select_within(graph, scores, bound, groups, selection)
 
     def counts(
         self,
@@ -188,16 +250,12 @@ class Runner:
     ) -> tuple[dict[str, int], budgets.Constraint]:
         """Channels to keep: equal shares, or by what each group loses under refit, if the
         network loses less so."""
-        limits = {k: v for k, v in selection.items() if k in budgets.LIMITS}
+        widths = {k: v for k, v in selection.items() if k in WIDTHS}
         how = selection.get("allocation", "sensitivity")
-        if how not in ("sensitivity", "uniform"):
-            raise ConfigError(
-                f"allocation must be 'sensitivity' or 'uniform'; found {how!r}"
-            )
 
         def uniform(bound: budgets.Constraint) -> dict[str, int]:
-            budgets.check_feasible(bound, groups, limits)
-            return uniform_counts(groups, bound.cost_fn, bound.limit, **limits)
+            budgets.check_feasible(bound, groups, widths)
+            return uniform_counts(groups, bound.cost_fn, bound.limit, **widths)
 
         choose = uniform
         if how == "sensitivity":
@@ -205,8 +263,8 @@ class Runner:
             curves = sensitivity(probe, self.on_progress)
 
             def choose(bound: budgets.Constraint) -> dict[str, int]:
-                budgets.check_feasible(bound, groups, limits)
-                found = allocate(groups, curves, bound.cost_fn, bound.limit, **limits)
+                budgets.check_feasible(bound, groups, widths)
+                found = allocate(groups, curves, bound.cost_fn, bound.limit, **widths)
                 # What groups lose alone may not add up: layers that share a stem.
                 return min(found, uniform(bound), key=probe.loss)
 
@@ -288,7 +346,7 @@ class Runner:
             )  # fmt: skip
         if self.method == "importance_redundancy":
             return importance_redundancy(
-                graph, variables, self.data, counts,
+                graph, variables, self.data, counts, legal=self.legal,
                 fallback=score(graph, variables, "l2"), loss_fn=self.loss_fn,
                 rules=self.options.rules, order=order, **common,
             )  # fmt: skip

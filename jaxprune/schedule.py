@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from jaxprune.checks import check_values, one_of, whole
 from jaxprune.errors import ConfigError
 
 Schedule = Literal["one-shot", "linear", "cubic"]
@@ -20,22 +21,18 @@ def removed_shares(schedule: str, steps: int | None) -> list[float]:
     Raises:
       ConfigError: an unknown schedule, or steps that do not go with it.
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(
-            f"schedule must be one of {', '.join(map(repr, SCHEDULES))}; found "
-            f"{schedule!r}"
-        )
+    check_values({"schedule": schedule}, {"schedule": one_of(*SCHEDULES)})
     if schedule == "one-shot":
         if steps not in (None, 1):
             raise ConfigError(
-                f"schedule='one-shot' is one step; found steps={steps}: leave it out, "
+                f"schedule='one-shot' is one step; found steps={steps!r}: leave it out, "
                 "or take schedule='linear' or 'cubic'"
             )
         return [1.0]
-    if steps is None or steps < 1:
+    if steps is None or not whole(1).holds(steps):
         raise ConfigError(
             f"schedule={schedule!r} needs a number of steps, 1 or more, such as "
-            f"steps=4; found steps={steps}"
+            f"steps=4; found steps={steps!r}"
         )
     done = [(k + 1) / steps for k in range(steps)]
     return done if schedule == "linear" else [1 - (1 - d) ** 3 for d in done]

@@ -1,5 +1,6 @@
 """What users get wrong: each a PruneError with place, expected, found and remedy."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from zoo import make, random_plan
 import jaxprune as jp
 from jaxprune import trees
 from jaxprune.errors import (
+    BudgetError,
     EmissionError,
     GraphError,
     PlanError,
@@ -178,3 +180,39 @@ def test_a_model_of_nan_is_not_proven():
     half = {g.name: np.arange(g.size // 2) for g in graph.groups}
     with pytest.raises(EmissionError, match="NaN throughout; check the weights"):
         jp.verify(graph, half, x)
+
+
+def test_a_function_around_a_module_hears_why_nothing_can_be_pruned():
+    class Stated(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            del train
+            return nn.Dense(2, name="out")(nn.relu(nn.Dense(8, name="hidden")(x)))
+
+    model, x = Stated(), np.ones((4, 3), np.float32)
+    variables = model.init(jax.random.key(0), x)
+    batches = [(x, np.zeros(4, int))]
+    with pytest.raises(BudgetError) as error:
+        jp.prune(model.apply, variables, batches, method="l2", macs=0.5)
+    _said(error, "none of the 1 groups", "'hidden': ", "(3, 8)", "(3, 4)")
+    _said(error, "Pass a Flax module itself", "apply=", "replay=True")
+    graph = jp.trace(model.apply, variables, x, replay=True)
+    plan = jp.select(graph, jp.score(graph, variables, "l2"), macs=0.5)
+    assert jp.shrink(graph, plan).plan["hidden"].size == 4
+
+
+@pytest.mark.parametrize(
+    ("finetune", "error"),
+    [
+        (lambda m, v: None, r"b: expected shape \(4, 2\), found nothing"),
+        (lambda m, v: {**v, "b": jnp.ones((8, 2))}, r"b: expected .* found \(8, 2\)"),
+    ],
+)
+def test_fine_tuning_returns_what_it_is_given(finetune, error):
+    params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
+    batches = [(np.ones((4, 3), np.float32), np.zeros(4, int))]
+    with pytest.raises(GraphError, match=f"finetune= must return(.|\n)*{error}"):
+        jp.prune(
+            lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, batches,
+            method="l2", macs=0.5, finetune=finetune,
+        )  # fmt: skip

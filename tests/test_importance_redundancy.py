@@ -130,6 +130,25 @@ def test_planted_copies_negatives_and_dead_channels_go_by_thresholds_alone():
 
 
 @pytest.mark.parametrize(
+    ("limits", "counts"),
+    [
+        ({}, (8, 8)),
+        ({"round_to": 5}, (10, 10)),
+        ({"min_keep": {"b": 9}}, (8, 9)),
+        ({"min_ratio": 0.75}, (9, 9)),
+        ({"overrides": {"a": 0.5}}, (6, 8)),
+    ],
+)
+def test_thresholds_alone_keep_within_the_limits(limits, counts):
+    model, variables, x = _negated()
+    slim = jp.prune(
+        model, variables, [(x, None)], method="importance_redundancy",
+        similarity_threshold=0.999, **limits,
+    )  # fmt: skip
+    assert (slim.plan["a"].size, slim.plan["b"].size) == counts
+
+
+@pytest.mark.parametrize(
     ("changes", "count", "exact"),
     [
         ({"fold": False}, 8, False),
@@ -176,7 +195,7 @@ def test_the_more_important_twin_survives_by_any_criterion():
     [
         ({"bins": "even"}, "bins must be 'shared' or 'range'; found 'even'"),
         ({"pairing": "triples"}, "pairing must be 'clusters' or 'pairs'"),
-        ({"preset": "sed"}, "preset must be 'seed' or nothing"),
+        ({"preset": "sed"}, "preset must be 'seed', or None; found 'sed'"),
         ({"preset": "seed", "fold": False}, "fixes fold: leave out the preset"),
         ({"preset": "seed", "macs": 0.5}, "leave out macs"),
     ],

@@ -4,11 +4,15 @@ import dataclasses
 import importlib.util
 import pathlib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jaxprune as jp
 from jaxprune import models
 from jaxprune.arguments import parse_arguments
-from jaxprune.errors import CheckpointError, ConfigError
+from jaxprune.errors import BudgetError, CheckpointError, ConfigError
 from jaxprune.options import Options, flat, from_mapping
 from jaxprune.report import append_line, read_lines
 from jaxprune.workdir import Workdir
@@ -97,6 +101,17 @@ def test_options_come_back_from_their_mapping():
         (
             {"prune": {"method": "importance_redundancy", "preset": "seed"}},
             "thresholds of the preset decide what remains",
+        ),
+        (
+            {
+                "prune": {
+                    "method": "importance_redundancy",
+                    "preset": "seed",
+                    "macs": None,
+                    "round_to": 8,
+                }
+            },
+            "prune.round_to=8: the thresholds of prune.preset='seed' decide",
         ),
         ({"finetune": {"optimizer": "lion"}}, "finetune.optimizer='lion': must be"),
         ({"prune": {"fold": False}}, "prune.fold=False: only for prune.method='impo"),
@@ -190,3 +205,89 @@ def test_metrics_keep_the_last_record_of_an_epoch_that_ran_twice(tmp_path):
     with path.open("a") as file:
         file.write('{"stage": "tr')
     assert [(r["epoch"], r["loss"]) for r in read_lines(path)] == [(1, 3.0), (2, 1.0)]
+
+
+def _hidden(params, x):
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+
+PARAMS = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
+BATCHES = [(np.ones((4, 3), np.float32), np.zeros(4, int))]
+THRESHOLDS = {"method": "importance_redundancy", "macs": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"method": None}, "unknown method None; known: cpli"),
+        ({"strategy": "global"}, "'cpli' has no option 'strategy'; .*it takes alloca"),
+        ({"normalize": "mean"}, "'cpli' has no option 'normalize'"),
+        ({"method": "l2", "allocation": "uniform"}, "'l2' has no option 'allocation'"),
+        ({"method": "l2", "normalize": "x"}, "normalize must be 'none', .*found 'x'"),
+        ({"allocation": "x"}, "allocation must be 'sensitivity' or 'uniform'"),
+        ({"mu": "1"}, "mu must be a finite number, 0 or more; found '1'"),
+        ({"mu": float("nan")}, "mu must be"),
+        ({"mu": -1.0}, "mu must be"),
+        ({"feature_importance": 1}, "feature_importance must be True or False"),
+        ({"ridge": float("inf")}, "ridge must be a finite number, 0 or more, or None"),
+        ({"ridge": -1.0}, "ridge must be"),
+        ({"positions": 0}, "positions must be an integer, 1 or more, or None; found 0"),
+        ({"positions": 2.5}, "positions must be"),
+        ({"compensate": "no"}, "compensate must be True or False; found 'no'"),
+        ({"refit_again": None}, "refit_again must be True or False"),
+        ({"round_to": 4.0}, "round_to must be an integer, 1 or more; found 4.0"),
+        ({"round_to": True}, "round_to must be"),
+        ({"min_keep": 0}, "min_keep must be an integer, 1 or more, or a mapping"),
+        ({"min_keep": {"a": "2"}}, "min_keep must be"),
+        ({"min_ratio": "0.5"}, "min_ratio must be a finite number from 0 to 1"),
+        ({"overrides": ["a"]}, "overrides must be a mapping .*, or None; found"),
+        ({"overrides": {"a": 1.5}}, "overrides must be"),
+        ({"overrides": {"a": 0.25}, "min_keep": 4}, "keeps 2 of 8 .*'a', but min_keep"),
+        ({"steps": "2", "schedule": "linear"}, "steps must be an integer, 1 or more"),
+        ({"steps": 2, "schedule": ["linear"]}, "schedule must be 'one-shot', 'linear'"),
+        ({"seed": "0"}, "seed must be an integer; found '0'"),
+        ({"verify": "no"}, "verify must be True or False"),
+        ({"latency_batch": 0}, "latency_batch must be an integer, 1 or more, or None"),
+        ({"finetune": 3}, "finetune must be a function, or None; found 3"),
+        ({"entropy_threshold": "a", **THRESHOLDS}, "entropy_threshold must be a finit"),
+        ({"similarity_threshold": float("nan"), **THRESHOLDS}, "similarity_threshold"),
+        ({"allocation": "uniform", **THRESHOLDS}, "allocation shares out a budget"),
+        ({"preset": "seed", "round_to": 8, **THRESHOLDS}, "leave out round_to"),
+    ],
+)
+def test_options_of_a_wrong_type_or_method_are_named(given, error):
+    with pytest.raises(ConfigError, match=error):
+        jp.prune(_hidden, PARAMS, BATCHES, **{"macs": 0.5, **given})
+
+
+@pytest.mark.parametrize("value", [True, "0.5", float("nan"), 50, np.ones(1), [0.5]])
+def test_a_budget_is_one_number(value):
+    with pytest.raises(BudgetError, match="macs=.*share that REMAINS"):
+        jp.prune(_hidden, PARAMS, BATCHES, macs=value)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.array, jnp.float32])
+def test_numbers_of_numpy_and_jax_are_a_budget(kind):
+    graph = jp.trace(_hidden, PARAMS, BATCHES[0][0])
+    plan = jp.select(graph, {"a": np.arange(8.0)}, macs=kind(0.5))
+    assert plan["a"].tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"bogus": 1}, "select has no option 'bogus'; it takes ignore, min_keep"),
+        ({"round_two": 8}, "did you mean 'round_to'"),
+        ({"allocation": "uniform"}, "select has no option 'allocation'"),
+        ({"round_to": "8"}, "round_to must be an integer"),
+        ({"ignore": "a"}, "ignore must be a list of name patterns; found 'a'"),
+        ({"groups": ["a"]}, "groups must be Groups of this graph; found .*'a'"),
+        ({"groups": 3}, "groups must be Groups of this graph; found"),
+    ],
+)
+def test_wrong_options_of_select_are_named(given, error):
+    graph = jp.trace(_hidden, PARAMS, BATCHES[0][0])
+    with pytest.raises(ConfigError, match=error):
+        jp.select(graph, {"a": np.arange(8.0)}, macs=0.5, **given)
+    whole = jp.select(graph, {"a": np.arange(8.0)}, macs=0.5, groups=graph.groups)
+    assert whole["a"].size == 4

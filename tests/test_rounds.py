@@ -28,7 +28,7 @@ def test_shares_follow_the_equation():
 @pytest.mark.parametrize(
     ("schedule", "steps", "error"),
     [
-        ("cosine", 3, "must be one of 'one-shot', 'linear', 'cubic'; found 'cosine'"),
+        ("cosine", 3, "must be 'one-shot', 'linear' or 'cubic'; found 'cosine'"),
         ("one-shot", 3, "is one step; found steps=3"),
         ("linear", None, "needs a number of steps"),
         ("cubic", 0, "needs a number of steps, 1 or more"),

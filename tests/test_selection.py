@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxprune.errors import BudgetError, PlanError, ScoreError
+from jaxprune.errors import BudgetError, ConfigError, PlanError, ScoreError
 from jaxprune.records import Group, Slot
 from jaxprune.selection import allocate, limits, select, uniform_counts
 
@@ -79,9 +79,9 @@ def test_global_follows_the_scores_and_the_normalisation():
         even = select(groups, scores, channels, 8, strategy="global", normalize=how)
         assert even["conv0"].tolist() == even["conv1"].tolist() == [4, 5, 6, 7]
     assert select(groups, scores, cost, 0, strategy="global")["conv0"].size == 8
-    with pytest.raises(ScoreError, match="normalize must be one of"):
+    with pytest.raises(ConfigError, match="normalize must be 'none', .* found 'x'"):
         select(groups, scores, channels, 8, strategy="global", normalize="x")
-    with pytest.raises(ScoreError, match="strategy must be"):
+    with pytest.raises(ConfigError, match="strategy must be"):
         select(groups, scores, channels, 8, strategy="best")
 
 
@@ -151,8 +151,13 @@ def test_errors_name_what_is_wrong():
         uniform_counts(groups, cost, 10)
     with pytest.raises(PlanError, match=r"no group matches \['fc\*'\].*'conv0'"):
         uniform_counts(groups, cost, 100, ignore=["fc*"])
-    with pytest.raises(PlanError, match="overrides"):
+    with pytest.raises(ConfigError, match="overrides"):
         uniform_counts(groups, cost, 100, overrides={"conv0": 0.0})
+    with pytest.raises(ConfigError, match="keeps 2 of 4 .*min_keep=3 .* at least 3"):
+        uniform_counts(groups, cost, 100, overrides={"conv0": 0.5}, min_keep=3)
+    floors = {"conv0": 2, "*": 3}
+    counts = uniform_counts(groups, cost, 1e9, overrides={"*0": 0.5}, min_keep=floors)
+    assert counts == {"conv0": 2, "conv1": 8}
     assert uniform_counts(groups, cost, 1e9) == {"conv0": 4, "conv1": 8}
     assert len(select([], {}, lambda keep: 0.0, 1.0)) == 0
 

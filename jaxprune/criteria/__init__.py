@@ -59,6 +59,6 @@ def criterion(name: str) -> Criterion:
     Raises:
       ScoreError: there is none; lists those there are.
     """
-    if name not in CRITERIA:
+    if not isinstance(name, str) or name not in CRITERIA:
         raise ScoreError(f"no criterion {name!r}; there are {sorted(CRITERIA)}")
     return CRITERIA[name]

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from jaxprune.checks import FLAG, check_values, number, one_of
 from jaxprune.errors import ConfigError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.measure import (
@@ -75,7 +76,7 @@ class Objective:
       nonnegative: LASSO gates b >= 0; without, of either sign.
 
     Raises:
-      ConfigError: an unknown value.
+      ConfigError: an unknown value, or one of a wrong type or out of range.
     """
 
     selection: Selection = "elimination"
@@ -85,14 +86,14 @@ class Objective:
     nonnegative: bool = True
 
     def __post_init__(self):
-        if self.selection not in ("lasso", "elimination"):
-            raise ConfigError(
-                f"selection must be 'lasso' or 'elimination'; found {self.selection!r}"
-            )
-        if self.loss_term not in ("example", "batch"):
-            raise ConfigError(
-                f"loss_term must be 'example' or 'batch'; found {self.loss_term!r}"
-            )
+        rules = {
+            "selection": one_of(*get_args(Selection)),
+            "mu": number(0),
+            "feature_importance": FLAG,
+            "loss_term": one_of(*get_args(LossTerm)),
+            "nonnegative": FLAG,
+        }
+        check_values(vars(self), rules)
         if not self.nonnegative and self.selection != "lasso":
             raise ConfigError(
                 "nonnegative=False is about LASSO gates: set selection='lasso' too"

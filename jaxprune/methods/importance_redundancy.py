@@ -46,6 +46,7 @@ from jaxprune.methods.refitting import (
 from jaxprune.methods.scores import score
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Group
+from jaxprune.selection import Limits
 
 EXAMPLES = 10_000
 
@@ -56,6 +57,7 @@ def importance_redundancy(
     calibration: Calibration,
     counts: Mapping[str, int] | None,
     *,
+    legal: Limits,
     groups: Sequence[Group],
     fallback: Mapping[str, np.ndarray],
     order: Sequence[str],
@@ -71,8 +73,9 @@ def importance_redundancy(
       graph: traced with inputs of the calibration's batch shape.
       counts: channels to keep, by group; None to follow the thresholds alone, as the
         preset does.
-      fallback: scores (C,) for groups without activations of their own; used with
-        counts only, without they are kept whole.
+      legal: counts that what the thresholds keep is rounded to.
+      fallback: scores (C,) for groups without activations of their own; without counts
+        those keep as many as is legal.
       order: names of all convolution groups of the whole network in order, from
         which the script's exemption and growing share follow.
       loss_fn: (outputs, y) -> per-example losses (B,), for an `importance` of
@@ -98,10 +101,10 @@ def importance_redundancy(
     def choose(group: Group, terms: Sequence[Term], observe: Observe | None) -> Choice:
         del terms
         if observe is None:
+            keep = group.size if counts is None else counts[group.name]
             if counts is None:
-                return Choice(np.arange(group.size))
-            scores = ranks.get(group.name, fallback[group.name])
-            return Choice(top(scores, counts[group.name]))
+                keep = legal.legal(group.name, keep, group.size)
+            return Choice(top(ranks.get(group.name, fallback[group.name]), keep))
         if script:
             seen = one(observe, group, spatial=False, shared=False, limit=EXAMPLES)
             rows = None
@@ -109,8 +112,14 @@ def importance_redundancy(
                 rows = first_rows(observe, group.size, numbers.SEED_DENSE_SAMPLES)
             return Choice(seed_choice(seen, rows, eligible.get(group.name), rules))
         seen = one(observe, group, spatial=rules.spatial, shared=shared, limit=None)
-        keep = None if counts is None else counts[group.name]
-        return default_choice(seen, ranks.get(group.name), keep, rules)
+        rank = ranks.get(group.name)
+        if counts is not None:
+            return default_choice(seen, rank, counts[group.name], rules)
+        choice = default_choice(seen, rank, None, rules)
+        keep = legal.legal(group.name, choice.kept.size, group.size)
+        if keep != choice.kept.size:
+            choice = default_choice(seen, rank, keep, rules)
+        return choice
 
     return reconstruct(
         graph,

@@ -6,7 +6,7 @@ masks or weights compiles nothing anew; a last, smaller batch is padded and weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune.errors import DataError, ScoreError
+from jaxprune.errors import DataError
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
+from jaxprune.methods.batches import cut, iterable_of, label_range, read_all
 from jaxprune.methods.taps import Tap
 from jaxprune.records import Group
 
@@ -34,67 +35,63 @@ class Calibration:
     """Batches of one static shape, to be run over as often as a method needs.
 
     Args:
-      batches: iterable of (x, y), or of x alone; x an array or a tuple of inputs. A
-        one-shot iterator is read once into memory.
+      batches: iterable of (x, y), or of x alone; x an array or a tuple of inputs, y a
+        tree of arrays. All are read once here and checked; what hands out one iterator
+        only is kept in memory.
+
+    Attributes:
+      inputs, labels: of the first batch; labels None without.
+      size: examples in each batch that is yielded, those of the first.
+      label_range: least and largest label where labels are one array of integers.
 
     Raises:
-      DataError: no batch, or an element that is neither.
+      DataError: no batch, or one of another form, or of another than the first.
     """
 
-    def __init__(self, batches: Iterable[Any]):
-        if isinstance(batches, Iterator):
-            batches = list(batches)
-        self._batches = batches
-        first = next(iter(batches), None)
+    def __init__(self, batches: Any):
+        self._batches = iterable_of(batches)
+        self._sizes: list[int] = []
+        first, ranges = None, []
+        for batch in read_all(self._batches):
+            first = first or batch
+            self._sizes.append(batch.size)
+            ranges += label_range(batch.labels)
         if first is None:
             raise DataError(
                 "the calibration batches are empty; pass an iterable of (x, y)"
             )
-        self.inputs, self.labels = split_batch(first)
-        self.size = jax.tree.leaves(self.inputs)[0].shape[0]
-        if self.size < 1:
+        if not first.size:
             raise DataError("the first calibration batch has no example")
+        self._first, self.size = first, first.size
+        self.inputs, self.labels = first.inputs, first.labels
+        self.label_range = (min(ranges), max(ranges)) if ranges else None
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], Any, np.ndarray]]:
         """Yields (inputs, y, weight (B,)): 0 for padding, 1 for examples."""
-        for batch in self._batches:
-            inputs, y = split_batch(batch)
-            count = jax.tree.leaves(inputs)[0].shape[0]
-            for start in range(0, count, self.size):
-                part = slice(start, start + self.size)
-                cut = jax.tree.map(lambda a, part=part: a[part], (inputs, y))
-                have = min(self.size, count - start)
-                weight = np.zeros(self.size, np.float32)
-                weight[:have] = 1
-                cut = jax.tree.map(lambda a, n=have: _pad(a, self.size - n), cut)
-                yield (*_place(cut), _place(weight))
+        sizes = iter(self._sizes)
+        for batch in read_all(self._batches, self._first):
+            self._same(next(sizes, None), batch.size)
+            for part in cut(batch, self.size):
+                yield _place(part)
+        self._same(next(sizes, None), None)
+
+    @staticmethod
+    def _same(first: int | None, now: int | None) -> None:
+        """Nothing, if a batch has as many examples as in the first pass."""
+        if first != now:
+            shown = [
+                f"{n} examples" if n is not None else "no batch" for n in (first, now)
+            ]
+            raise DataError(
+                "the calibration batches are run over several times and must be the "
+                f"same each time: expected {shown[0]} as in the first pass, found "
+                f"{shown[1]}; pass a list"
+            )
 
     @property
     def count(self) -> int:
         """How many batches it yields."""
-        sizes = [jax.tree.leaves(split_batch(b)[0])[0].shape[0] for b in self._batches]
-        return sum(-(-size // self.size) for size in sizes)
-
-
-def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
-    """The inputs as a tuple, and y or None."""
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        x, y = batch
-    elif hasattr(batch, "shape"):
-        x, y = batch, None
-    else:
-        raise DataError(
-            "expected calibration batches of the form (x, y), found "
-            f"{type(batch).__name__}; wrap several inputs as ((x1, x2), y)"
-        )
-    return (tuple(x) if isinstance(x, tuple | list) else (x,)), y
-
-
-def _pad(array: Any, missing: int) -> Any:
-    if not missing:
-        return array
-    array = np.asarray(array)
-    return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+        return sum(-(-size // self.size) for size in self._sizes)
 
 
 def _place(tree: Any) -> Any:
@@ -128,17 +125,12 @@ def gate_gradients(
     gradients of every example and group at once: each example has its own gates.
     Groups that no tap reads are left out.
 
-    Raises:
-      ScoreError: no labels, or losses that are not per example.
+    Args:
+      loss_fn: one that `losses.check_loss` lets pass.
     """
     readers = gate_readers(graph, taps)
     if not readers:
         return {}
-    if calibration.labels is None:
-        raise ScoreError(
-            "the classification loss needs labels: pass batches of (x, y), or select "
-            "by reconstruction alone with mu=0, feature_importance=False"
-        )
     sizes = {group.name: group.size for group in graph.groups}
     names = sorted({name for uses in readers.values() for name, _ in uses})
     taps_at = {tap.site: tap for tap in taps}
@@ -165,13 +157,7 @@ def gate_gradients(
 
         flat = evaluate(graph.closed, tree_arguments(variables, inputs), before=before)
         outputs = jax.tree_util.tree_unflatten(tree, flat)
-        found = loss_fn(outputs, y)
-        if found.ndim != 1 or found.shape[0] != calibration.size:
-            raise ScoreError(
-                f"loss_fn must return one loss per example, shape "
-                f"({calibration.size},); found {found.shape}"
-            )
-        return (found * weight).sum()
+        return (loss_fn(outputs, y) * weight).sum()
 
     @jax.jit
     def step(sums, variables, inputs, y, weight):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.checks import FLAG, NAME, check_values, number, one_of, optional
 from jaxprune.criteria import redundancy as numbers
 from jaxprune.criteria.redundancy import Redundancy
 from jaxprune.errors import ConfigError
@@ -51,7 +52,7 @@ class Rules:
       fold: move a removed twin's weights to its survivor's.
 
     Raises:
-      ConfigError: an unknown value, or the preset with options of the default.
+      ConfigError: a value of a wrong type or out of range, or the preset with options of the default.
     """
 
     preset: Preset | None = None
@@ -64,23 +65,23 @@ class Rules:
     fold: bool = True
 
     def __post_init__(self):
-        problems = []
-        if self.preset not in (None, "seed"):
-            problems.append(f"preset must be 'seed' or nothing; found {self.preset!r}")
-        if self.bins not in ("shared", "range"):
-            problems.append(f"bins must be 'shared' or 'range'; found {self.bins!r}")
-        if self.pairing not in ("clusters", "pairs"):
-            problems.append(
-                f"pairing must be 'clusters' or 'pairs'; found {self.pairing!r}"
-            )
+        rules = {
+            "preset": optional(one_of(*get_args(Preset))),
+            "entropy_threshold": number(),
+            "similarity_threshold": number(),
+            "importance": NAME,
+            "bins": one_of(*get_args(Bins)),
+            "pairing": one_of(*get_args(Pairing)),
+            "spatial": FLAG,
+            "fold": FLAG,
+        }
+        check_values(vars(self), rules)
         fixed = ("importance", "bins", "pairing", "spatial", "fold")
         own = [n for n in fixed if getattr(self, n) != getattr(Rules, n)]
         if self.preset == "seed" and own:
-            problems.append(
+            raise ConfigError(
                 f"preset='seed' fixes {', '.join(own)}: leave out the preset to choose"
             )
-        if problems:
-            raise ConfigError("; ".join(problems))
 
 
 class Seen(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from jaxprune.checks import FLAG, check_values, number, one_of, optional, whole
 from jaxprune.criteria.redundancy import Fold, Redundancy
-from jaxprune.errors import ConfigError
 from jaxprune.methods.taps import Tap, by_kernel
 from jaxprune.records import Group
 from jaxprune.solver.refit import refit as solve_refit
@@ -37,7 +37,7 @@ class Refitting:
       ridge: of the refit, see `solver.refit`; None for the rule.
 
     Raises:
-      ConfigError: an unknown value.
+      ConfigError: an unknown value, or one of a wrong type or out of range.
     """
 
     refit: Refit | None = None
@@ -48,14 +48,15 @@ class Refitting:
     ridge: float | None = None
 
     def __post_init__(self):
-        if self.refit not in (None, "none", "bias", "lstsq"):
-            raise ConfigError(
-                f"refit must be none, bias or lstsq; found {self.refit!r}"
-            )
-        if self.passes not in ("sequential", "single"):
-            raise ConfigError(
-                f"passes must be sequential or single; found {self.passes!r}"
-            )
+        rules = {
+            "refit": optional(one_of(*get_args(Refit))),
+            "passes": one_of(*get_args(Passes)),
+            "refit_again": FLAG,
+            "compensate": FLAG,
+            "positions": optional(whole(1)),
+            "ridge": optional(number(0)),
+        }
+        check_values(vars(self), rules)
 
     @property
     def how(self) -> Refit:

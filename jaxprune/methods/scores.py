@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
+from jaxprune.checks import SEED, check_values
 from jaxprune.criteria import criterion as find_criterion
 from jaxprune.criteria import redundancy
 from jaxprune.errors import ScoreError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.activations import find_places, stream
+from jaxprune.methods.losses import check_loss
 from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
 from jaxprune.methods.taps import find_taps
 from jaxprune.slicing import checked_leaves
@@ -22,6 +24,7 @@ from jaxprune.stats import activations as stats_lib
 
 # Examples whose gradients of all parameters are in memory at once.
 EXAMPLES_AT_ONCE = 8
+OF_GRADIENTS = ("gradients", "example_gradients")
 
 
 def score(
@@ -46,9 +49,12 @@ def score(
       seed: for "random".
 
     Raises:
-      ScoreError: unknown criterion, or data that it needs is missing.
+      ScoreError: unknown criterion, data that it needs is missing, or a loss that is
+        none per example.
+      DataError: batches of another form.
     """
     found = find_criterion(criterion)
+    check_values({"seed": seed}, {"seed": SEED})
     leaves = checked_leaves(graph, variables)
     if found.needs == "weights":
         return {g.name: _host(found.fn(g, leaves)) for g in graph.groups}
@@ -65,12 +71,9 @@ def score(
         )
     data = batches if isinstance(batches, Calibration) else Calibration(batches)
     graph = graph.retrace(data.inputs)
-    if found.needs in ("gradients", "example_gradients"):
-        loss = loss_fn or cross_entropy
-        if data.labels is None:
-            raise ScoreError(
-                f"criterion {criterion!r} needs labels: pass batches of (x, y)"
-            )
+    if found.needs in OF_GRADIENTS:
+        loss = cross_entropy if loss_fn is None else loss_fn
+        check_loss(graph, variables, data, loss, user=f"criterion {criterion!r}")
         if found.needs == "gradients":
             return _batch_gradients(graph, variables, data, loss, found.fn)
         return _example_gradients(graph, variables, data, loss, found.fn)
@@ -93,17 +96,28 @@ def _parameters(graph: ChannelGraph, variables: Any) -> dict[str, Any]:
 def _batch_gradients(graph, variables, data: Calibration, loss_fn, fn):
     params = _parameters(graph, variables)
 
-    def total(params, variables, inputs, y, weight):
+    def mean(params, variables, inputs, y, weight):
         outputs = graph.handle(trees.replace(variables, params), *inputs)
-        return (loss_fn(outputs, y) * weight).sum()
+        return (loss_fn(outputs, y) * weight).sum() / weight.sum()
 
-    step = jax.jit(jax.grad(total))
-    grads, count = jax.tree.map(jnp.zeros_like, params), 0.0
+    @jax.jit
+    def step(sums, params, variables, inputs, y, weight):
+        # Of the mean: in float16 the gradient of a sum overflows.
+        grads = jax.grad(mean)(params, variables, inputs, y, weight)
+        return {
+            path: sums[path] + g.astype(sums[path].dtype) * weight.sum()
+            for path, g in grads.items()
+        }
+
+    sums = {
+        path: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+        for path, leaf in params.items()
+    }
+    count = 0.0
     for inputs, y, weight in data:
-        more = step(params, variables, inputs, y, weight)
-        grads = jax.tree.map(jnp.add, grads, more)
+        sums = step(sums, params, variables, inputs, y, weight)
         count += float(np.sum(weight))
-    grads = jax.tree.map(lambda g: g / count, grads)
+    grads = {path: total / count for path, total in sums.items()}
     leaves = trees.flatten(variables)
     return {g.name: _host(fn(g, leaves, grads)) for g in graph.groups}
 
@@ -114,7 +128,7 @@ def _example_gradients(graph, variables, data: Calibration, loss_fn, fn):
     def one(params, variables, inputs, y):
         batch = jax.tree.map(lambda a: a[None], inputs)
         outputs = graph.handle(trees.replace(variables, params), *batch)
-        return loss_fn(outputs, y[None])[0]
+        return loss_fn(outputs, jax.tree.map(lambda a: a[None], y))[0]
 
     each = jax.vmap(jax.grad(one), in_axes=(None, None, 0, 0))
 

@@ -11,18 +11,43 @@ from __future__ import annotations
 import fnmatch
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.errors import BudgetError, PlanError
+from jaxprune.checks import (
+    SHARE,
+    Rule,
+    by_pattern,
+    check_values,
+    either,
+    number,
+    optional,
+    whole,
+)
+from jaxprune.errors import BudgetError, ConfigError, PlanError
 from jaxprune.records import Group
 
 # A number for all groups, or {name pattern: number}.
 MinKeep = int | Mapping[str, int]
 # Calls of the cost function that filling up may take, after the bisection's 20.
 FILL_CALLS = 400
+# What `limits` takes.
+LIMIT_RULES: dict[str, Rule] = {
+    "round_to": whole(1),
+    "min_keep": either(whole(1), by_pattern(whole(1))),
+    "min_ratio": number(0, 1),
+    "overrides": optional(by_pattern(SHARE)),
+    "ignore": Rule(
+        "a list of name patterns",
+        lambda v: (
+            isinstance(v, Collection)
+            and not isinstance(v, str)
+            and all(isinstance(pattern, str) for pattern in v)
+        ),
+    ),
+}
 
 
 class Limits(NamedTuple):
@@ -59,18 +84,16 @@ def limits(
       ignore: patterns of groups that are kept whole.
 
     Raises:
-      PlanError: an option out of range, or a pattern that matches no group.
+      ConfigError: an option out of range, or an override below the floor.
+      PlanError: a pattern that matches no group.
     """
+    given = {
+        "round_to": round_to, "min_keep": min_keep, "min_ratio": min_ratio,
+        "overrides": overrides, "ignore": ignore,
+    }  # fmt: skip
+    check_values(given, LIMIT_RULES)
     overrides = dict(overrides or {})
-    bad = [f"{p!r}: {r}" for p, r in overrides.items() if not 0 < r <= 1]
     floors = min_keep if isinstance(min_keep, Mapping) else {"*": min_keep}
-    least = min(floors.values(), default=1)
-    if bad or round_to < 1 or least < 1 or not 0 <= min_ratio <= 1:
-        raise PlanError(
-            "expected round_to >= 1, min_keep >= 1, min_ratio in 0..1 and overrides "
-            f"in (0, 1]; found round_to={round_to}, min_keep={min_keep}, "
-            f"min_ratio={min_ratio}, overrides {bad or 'fine'}"
-        )
     names = [g.name for g in groups]
     patterns = (*overrides, *ignore, *(p for p in floors if p != "*"))
     lost = [p for p in patterns if not fnmatch.filter(names, p)]
@@ -98,7 +121,16 @@ def limits(
             continue
         for pattern, ratio in overrides.items():
             if fnmatch.fnmatch(group.name, pattern):
-                low[group.name] = high[group.name] = rounded(round(ratio * size))
+                fixed = rounded(round(ratio * size))
+                if fixed < low[group.name]:
+                    raise ConfigError(
+                        f"overrides={{{pattern!r}: {ratio}}} keeps {fixed} of {size} "
+                        f"channels of group {group.name!r}, but min_keep={min_keep} "
+                        f"and min_ratio={min_ratio} at least {low[group.name]}; raise "
+                        f"the one or lower the other (min_keep={{{group.name!r}: "
+                        f"{fixed}, '*': ...}})"
+                    )
+                low[group.name] = high[group.name] = fixed
                 break
     return Limits(low, high, round_to)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from jaxprune.checks import Rule, check_values, one_of
 from jaxprune.errors import ScoreError
 from jaxprune.records import Group, Plan
 from jaxprune.selection.fit import MinKeep, fit, limits
@@ -14,6 +15,11 @@ from jaxprune.selection.fit import MinKeep, fit, limits
 Cost = Callable[[Mapping[str, np.ndarray]], float]
 Strategy = Literal["uniform", "global", "isomorphic"]
 Normalize = Literal["none", "mean", "max", "sum", "l2", "standard", "minmax", "rank"]
+# How `select` ranks.
+RANKING_RULES: dict[str, Rule] = {
+    "strategy": one_of(*get_args(Strategy)),
+    "normalize": one_of(*get_args(Normalize)),
+}
 
 
 def select(
@@ -43,9 +49,11 @@ def select(
       round_to, min_keep, min_ratio, overrides, ignore: see `limits`.
 
     Raises:
+      ConfigError: an option of a wrong type or out of range.
       ScoreError: a group without scores, wrong shape, NaN or infinity.
       BudgetError: the least legal plan costs more than `limit`; says how much.
     """
+    check_values({"strategy": strategy, "normalize": normalize}, RANKING_RULES)
     bounds = limits(
         groups,
         round_to=round_to,
@@ -146,9 +154,6 @@ def _normalized(values: np.ndarray, how: Normalize) -> np.ndarray:
         "sum": lambda: np.abs(values).sum(),
         "l2": lambda: np.linalg.norm(values),
     }
-    if how not in scales:
-        known = [*scales, "standard", "minmax", "rank"]
-        raise ScoreError(f"normalize must be one of {known}; found {how!r}")
     scale = scales[how]()
     return values / scale if scale > 0 else values
 
@@ -170,10 +175,6 @@ def _priorities(groups, ranked, strategy: Strategy, normalize: Normalize):
     scaled = {name: _normalized(values, normalize) for name, values in ranked.items()}
     if strategy == "global":
         return scaled
-    if strategy != "isomorphic":
-        raise ScoreError(
-            f"strategy must be 'uniform', 'global' or 'isomorphic'; found {strategy!r}"
-        )
     scopes: dict[object, list[str]] = {}
     for group in groups:
         scopes.setdefault(signature(group), []).append(group.name)
