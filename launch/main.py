@@ -5,8 +5,10 @@ Any field can be set on the command line, such as --config.prune.macs=0.3.
 
 import os
 import pathlib
+import signal
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -51,6 +53,28 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def interruptible(on_progress: Callable[..., None]) -> Callable[..., None]:
+    """The callback, which also ends the job where Python has dropped a Ctrl-C.
+
+    A KeyboardInterrupt that is raised in a callback of the garbage collector is printed
+    or swallowed there, and the job would run on.
+    """
+    asked = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def progress(*arguments: Any, **options: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        on_progress(*arguments, **options)
+
+    signal.signal(signal.SIGINT, note)
+    return progress
+
+
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches.
@@ -72,7 +96,10 @@ def main(argv: list[str]) -> None:
         asked = options.from_mapping(CONFIG.value)
         with report.progress(console) as bars:
             result = job.run(
-                asked, workdir=workdir, say=console.print, on_progress=bars
+                asked,
+                workdir=workdir,
+                say=console.print,
+                on_progress=interruptible(bars),
             )
     except PruneError as error:
         fail(error)

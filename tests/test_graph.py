@@ -151,7 +151,7 @@ class _Odd(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(6, name="a")(x)
-        x = jnp.linalg.qr(x)[0]
+        x = jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
         x = nn.Dense(8, name="b")(x)
         return nn.Dense(3, name="c")(nn.relu(x))
 

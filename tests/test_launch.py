@@ -69,6 +69,31 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, arguments, text):
     assert not (tmp_path / "w" / "config.json").exists()
 
 
+def test_an_interrupt_that_was_dropped_ends_the_job_at_the_next_step():
+    """As in a callback of the garbage collector, which swallows what it raises."""
+    program = """
+import os, signal, sys
+sys.path.insert(0, "launch")
+import main
+seen = []
+progress = main.interruptible(lambda *step: seen.append(step))
+progress("train", 1, 3)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+try:
+    progress("train", 2, 3)
+except KeyboardInterrupt:
+    print(seen)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == "[('train', 1, 3)]"
+
+
 def test_an_interrupted_run_says_so_and_ends_like_one_that_was_not(tmp_path):
     options = [
         "--config=configs/digits.py:runlocal,method=l1",
