@@ -59,7 +59,7 @@ def shrink(
     source = graph.variables if variables is None else variables
     small = slice_variables(graph, plan, source)
     if graph.unread and any(len(plan[g.name]) < g.size for g in graph.groups):
-        warnings.warn(_unread(graph.unread), stacklevel=2)
+        warnings.warn(_unread(graph.unread), stacklevel=3)
     folded, means = Folded(), frozenset()
     if replay:
         own, means = doubtful_divisors(graph, plan)
