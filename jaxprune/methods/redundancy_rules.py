@@ -52,7 +52,8 @@ class Rules:
       fold: move a removed twin's weights to its survivor's.
 
     Raises:
-      ConfigError: a value of a wrong type or out of range, or the preset with options of the default.
+      ConfigError: a value of a wrong type or out of range, or the preset with options
+        of the default.
     """
 
     preset: Preset | None = None
