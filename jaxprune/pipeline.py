@@ -27,7 +27,7 @@ from jaxprune.records import Budget, Group, Slim
 from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
 from jaxprune.runner import ARGUMENTS, Runner, conv_order, parse_options
 from jaxprune.schedule import removed_shares
-from jaxprune.surgery import shrink
+from jaxprune.surgery import shrunk, warn_unread
 from jaxprune.tracing import trace
 
 
@@ -146,7 +146,7 @@ def prune(
             found = run(
                 graph, groups, plan, order=common["order"], on_progress=on_progress
             )
-            slim = shrink(graph, found.plan, found.variables)
+            slim = shrunk(graph, found.plan, found.variables)
             error = proof(graph, slim.plan, found.variables, data) if verify else None
     report = {
         **slim.report,
@@ -160,6 +160,7 @@ def prune(
     }
     if stages:
         report["steps"] = stages
+    warn_unread(graph, slim.plan, stacklevel=3)
     if asked is not None and bound is not None and bound.table is not None:
         times = _latency(bound.table, asked, predicted, slim, apply)
         report["latency"] = times

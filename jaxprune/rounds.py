@@ -29,7 +29,7 @@ from jaxprune.records import Group, Plan, Slim
 from jaxprune.runner import Runner
 from jaxprune.schedule import limits_at
 from jaxprune.selection import LIMIT_RULES, limits
-from jaxprune.surgery import shrink
+from jaxprune.surgery import shrunk
 from jaxprune.verify import verify as prove
 
 # (smaller model, its variables) -> tuned variables
@@ -67,7 +67,7 @@ def pruned(
     state: Composed, found: Reconstruction, data: Calibration, verify: bool
 ) -> Composed:
     """The state after a round's result is cut out of the current network."""
-    slim = shrink(state.graph, found.plan, found.variables)
+    slim = shrunk(state.graph, found.plan, found.variables)
     error = state.error
     if verify:
         error = max(error or 0.0, proof(state.graph, slim.plan, found.variables, data))

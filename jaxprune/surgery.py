@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jaxprune.check import align, doubtful_divisors, follow, slim_handle
@@ -16,7 +16,6 @@ from jaxprune.rescale import Folded, rescale
 from jaxprune.slicing import keep_indices, slice_variables
 
 
-@uncollected()
 def shrink(
     graph: ChannelGraph,
     plan: Plan | Mapping[str, Any],
@@ -32,7 +31,10 @@ def shrink(
     as 1/sqrt(d) of attention, are made up for in the kernels (`jaxprune.rescale`;
     `slim.report["rescaled"]`), so that the slim model equals the masked original;
     groups whose constants nothing can make up for are left whole. The terms of a mean
-    over channels (a layer normalisation's) are those that are left.
+    over channels (a layer normalisation's) are those that are left. Parameters that the
+    traced call does not read (an auxiliary head of training, say) stay whole too, though
+    what they would read may not: `slim.report["unread"]` names them, and a warning says
+    so.
 
     Args:
       graph: from `trace`.
@@ -46,20 +48,28 @@ def shrink(
         `slim.report["taken_for_means"]`, {source line: number}, where the source at the
         smaller size could not tell.
 
-    Parameters that the traced call does not read (an auxiliary head of training, say)
-    stay whole too, though what they would read may not: `slim.report["unread"]` names
-    them, and a warning says so.
-
     Raises:
       PlanError: the plan does not fit the graph.
       GraphError: the variables are not those that were traced.
     """
+    slim = shrunk(graph, plan, variables, replay=replay)
+    warn_unread(graph, slim.plan, stacklevel=3)
+    return slim
+
+
+@uncollected()
+def shrunk(
+    graph: ChannelGraph,
+    plan: Plan | Mapping[str, Any],
+    variables: Any = None,
+    *,
+    replay: bool | None = None,
+) -> Slim:
+    """`shrink` without its warning."""
     replay = graph.replay if replay is None else replay
     plan, left = follow(graph, graph.complete(plan), check_replay if replay else None)
     source = graph.variables if variables is None else variables
     small = slice_variables(graph, plan, source)
-    if graph.unread and any(len(plan[g.name]) < g.size for g in graph.groups):
-        warnings.warn(_unread(graph.unread), stacklevel=3)
     folded, means = Folded(), frozenset()
     if replay:
         own, means = doubtful_divisors(graph, plan)
@@ -84,11 +94,20 @@ def shrink(
     return Slim(model, small, plan, report)
 
 
-def _unread(paths: Sequence[str], most: int = 3) -> str:
+def warn_unread(graph: ChannelGraph, plan: Plan, *, stacklevel: int) -> None:
+    """Warns of parameters that the call does not read, if anything was pruned.
+
+    Args:
+      stacklevel: of `warnings.warn`; 2 is the caller's line.
+    """
+    paths, most = graph.unread, 3
+    if not paths or all(len(plan[g.name]) == g.size for g in graph.groups):
+        return
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return (
+    warnings.warn(
         f"the traced call does not read {', '.join(paths[:most])}{more}: they stay whole, "
         "while what they would read has shrunk. A call that does read them (with "
         "train=True, or of another method) will fail or be wrong; if you need one, trace "
-        "with apply= a call that returns its outputs too"
+        "with apply= a call that returns its outputs too",
+        stacklevel=stacklevel,
     )

@@ -24,7 +24,7 @@ from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import bind
 from jaxprune.records import Plan
-from jaxprune.surgery import shrink
+from jaxprune.surgery import shrunk
 
 # What a removed entry must be for a reduction over it to pass it by.
 _NEUTRAL = {
@@ -164,7 +164,7 @@ def verify(
             "found its shape alone; pass verify(..., variables=arrays)"
         )
     replay = graph.replay if replay is None else replay
-    slim = shrink(graph, plan, source, replay=replay)
+    slim = shrunk(graph, plan, source, replay=replay)
     graph = graph.retrace(inputs)
     expected = masked_outputs(graph, slim.plan, source, inputs, replay=replay)
     call = slim.model if replay else slim_handle(graph, slim.plan, slim.variables)
