@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxprune.graph.atoms import Atoms, Classes
 from jaxprune.graph.interpret import Record, Value
+from jaxprune.graph.rules.contraction import product_dims
 from jaxprune.records import Group, Role, Slot
 
 Place = tuple[str, int]
@@ -86,23 +87,16 @@ def roles(
                     found[place] = role
 
     for number, record in enumerate(records):
-        if record.name == "dot_general":
-            (contract, batch) = record.eqn.params["dimension_numbers"]
-            pure = [value.pure for value in record.inputs]
-            for side, value in enumerate(record.inputs):
+        if record.name in ("dot_general", "ragged_dot_general"):
+            contract, batch, groups = product_dims(record.eqn)
+            pure = [value.pure for value in record.inputs[:2]]
+            for side, value in enumerate(record.inputs[:2]):
                 if not value.pure or all(pure):
                     continue
-                used = {*contract[side], *batch[side]}
+                used = {*contract[side], *batch[side], *(groups if side else ())}
                 free = [d for d in range(len(value.axes)) if d not in used]
                 mark(value, contract[side], "consumer", number)
                 mark(value, free, "producer", number)
-        elif record.name == "ragged_dot_general" and record.inputs[1].pure:
-            numbers = record.eqn.params["ragged_dot_dimension_numbers"]
-            (_, contract), (_, batch) = numbers.dot_dimension_numbers
-            used = {*contract, *batch, *numbers.rhs_group_dimensions}
-            free = [d for d in range(len(record.inputs[1].axes)) if d not in used]
-            mark(record.inputs[1], contract, "consumer", number)
-            mark(record.inputs[1], free, "producer", number)
         elif record.name == "conv_general_dilated":
             kernel = record.inputs[1]
             spec = record.eqn.params["dimension_numbers"].rhs_spec

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from jaxprune.graph.atoms import Axis
 from jaxprune.graph.interpret import Record
+from jaxprune.graph.rules.contraction import product_dims
 
 Needs = Callable[[np.ndarray], np.ndarray]
 
@@ -105,22 +106,14 @@ def contraction_dims(record: Record) -> list[tuple[Axis, int]] | None:
     included, as published counts do.
     """
     shapes = [var.aval.shape for var in record.eqn.invars]
-    if record.name == "dot_general":
-        (_, contract), (_, batch) = record.eqn.params["dimension_numbers"]
-        left, right = (
-            list(zip(value.axes, shape, strict=True))
-            for value, shape in zip(record.inputs, shapes, strict=True)
-        )
-        shared = {*contract, *batch}
-        return left + [dim for d, dim in enumerate(right) if d not in shared]
-    if record.name == "ragged_dot_general":  # every row by one matrix
-        numbers = record.eqn.params["ragged_dot_dimension_numbers"]
-        (_, contract), (_, batch) = numbers.dot_dimension_numbers
-        shared = {*contract, *batch, *numbers.rhs_group_dimensions}
+    if record.name in ("dot_general", "ragged_dot_general"):
+        # In a ragged product every row meets one of the matrices.
+        contract, batch, groups = product_dims(record.eqn)
         left, right = (
             list(zip(value.axes, shape, strict=True))
             for value, shape in zip(record.inputs[:2], shapes[:2], strict=True)
         )
+        shared = {*contract[1], *batch[1], *groups}
         return left + [dim for d, dim in enumerate(right) if d not in shared]
     if record.name == "conv_general_dilated":
         numbers = record.eqn.params["dimension_numbers"]

@@ -10,29 +10,19 @@ from jax.extend import core as jex
 from jaxprune.graph.atoms import Axis
 from jaxprune.graph.interpret import TABLES, Value, Walk
 
+Pair = tuple[Sequence[int], Sequence[int]]
 WINDOW = "slides over this axis"
 
 
 def dot_general(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """Contracted and batch pairs are tied; the rest comes out: batch, lhs, rhs."""
     left, right = values
-    (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
     alone = "with an array that has no channels there"
     if any(value.pure and value.source is None for value in values):
         alone += f" ({TABLES})"
-    why = f"contracted at {walk.where} {alone}"
-    for a, b in zip(contract_l, contract_r, strict=True):
-        walk.atoms.unite(left.axes[a], right.axes[b], why)
-    why = f"batched at {walk.where} {alone}"
-    batch = [
-        walk.atoms.unite(left.axes[a], right.axes[b], why)
-        for a, b in zip(batch_l, batch_r, strict=True)
-    ]
-    used_l, used_r = {*contract_l, *batch_l}, {*contract_r, *batch_r}
+    found = _product(walk, eqn, left, right, alone)
     _attention_widths(walk, eqn, values)
-    free_l = [axis for d, axis in enumerate(left.axes) if d not in used_l]
-    free_r = [axis for d, axis in enumerate(right.axes) if d not in used_r]
-    return [(*batch, *free_l, *free_r)]
+    return found
 
 
 def _attention_widths(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]) -> None:
@@ -115,11 +105,10 @@ def ragged_dot(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     which the groups cut the contracted or a batch axis freeze what they touch.
     """
     left, right, *sizes = values
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (contract_l, contract_r), (batch_l, batch_r) = numbers.dot_dimension_numbers
-    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    rows = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+    contract, batch, groups = product_dims(eqn)
     why = f"grouped by rows at {walk.where}"
-    if not groups or {*rows} & {*contract_l, *batch_l}:
+    if not groups or {*rows} & {*contract[0], *batch[0]}:
         for value in values:
             walk.pin(value.axes, why)
         return [(None,) * len(eqn.outvars[0].aval.shape)]
@@ -127,17 +116,34 @@ def ragged_dot(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
         walk.pin(value.axes, why)
     walk.pin([left.axes[d] for d in rows], why)
     walk.pin([right.axes[d] for d in groups], why)
-    why = f"contracted at {walk.where} with an array that has no channels there"
-    for a, b in zip(contract_l, contract_r, strict=True):
+    return _product(walk, eqn, left, right, "with an array that has no channels there")
+
+
+def product_dims(eqn: jex.JaxprEqn) -> tuple[Pair, Pair, tuple[int, ...]]:
+    """Contracted and batch axes of (left, right), and the axes of the right operand
+    that number the matrices of a ragged product."""
+    if eqn.primitive.name == "dot_general":
+        return *eqn.params["dimension_numbers"], ()
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    return *numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
+
+
+def _product(
+    walk: Walk, eqn: jex.JaxprEqn, left: Value, right: Value, alone: str
+) -> list[tuple[Axis, ...]]:
+    contract, batch, groups = product_dims(eqn)
+    why = f"contracted at {walk.where} {alone}"
+    for a, b in zip(*contract, strict=True):
         walk.atoms.unite(left.axes[a], right.axes[b], why)
-    batch = [
+    why = f"batched at {walk.where} {alone}"
+    lead = [
         walk.atoms.unite(left.axes[a], right.axes[b], why)
-        for a, b in zip(batch_l, batch_r, strict=True)
+        for a, b in zip(*batch, strict=True)
     ]
-    used_l, used_r = {*contract_l, *batch_l}, {*contract_r, *batch_r, *groups}
+    used_l, used_r = {*contract[0], *batch[0]}, {*contract[1], *batch[1], *groups}
     free_l = [axis for d, axis in enumerate(left.axes) if d not in used_l]
     free_r = [axis for d, axis in enumerate(right.axes) if d not in used_r]
-    return [(*batch, *free_l, *free_r)]
+    return [(*lead, *free_l, *free_r)]
 
 
 def matrices(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
