@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -26,10 +27,16 @@ from jaxprune.frameworks.linen_carries import carries_follow
 from jaxprune.frameworks.linen_stacks import unstacked
 
 Shape = tuple[int, ...]
-Shapes = tuple[tuple[str, Shape], ...]
 # Rows of (path of a layer, attribute, value).
 Settings = tuple[tuple[Any, ...], ...]
 Read = Callable[..., Shape | None]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Name and shape of every array; one value to Flax, which takes tuples apart."""
+
+    rows: tuple[tuple[str, Shape], ...]
 
 
 class Resized(nn.Module):
@@ -75,7 +82,7 @@ class Resized(nn.Module):
 @contextlib.contextmanager
 def following(shapes: Shapes, settings: Settings) -> Iterator[None]:
     """While it lasts, layers that run take their widths from their arrays."""
-    table = dict(shapes)
+    table = dict(shapes.rows)
     stated = {(path, name): value for path, name, value in settings}
 
     def follow(next_fun, args, kwargs, context):
@@ -158,8 +165,11 @@ def adopt(module: nn.Module, table: Mapping[str, Shape]) -> None:
 
     def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any):
         held = _stated(module, name, args)
-        init = cut("params", name, init_fn) if held is None else lambda *_, **__: held
-        return own_param(name, init, *args, **kwargs)
+        if held is None:
+            return own_param(name, cut("params", name, init_fn), *args, **kwargs)
+        if overrides_param(module):
+            return own_param(name, lambda *_, **__: held, *args, **kwargs)
+        return nn.unbox(held) if kwargs.get("unbox", True) else held
 
     def variable(
         col: str, name: str, init_fn: Any = None, *args: Any, **kwargs: Any
@@ -176,8 +186,7 @@ def trust(module: nn.Module) -> None:
     Flax traces it to compare shapes, which takes a third of the time of a trace. A class
     with a `param` of its own (weight standardisation in BiT) is left alone.
     """
-    own = type(module).param is not nn.Module.param
-    if module.scope is None or own or "param" in vars(module):
+    if module.scope is None or overrides_param(module) or "param" in vars(module):
         return
     own_param = module.param
 
@@ -194,6 +203,11 @@ def trust(module: nn.Module) -> None:
         return nn.unbox(held) if unbox else held
 
     _set(module, {"param": param})
+
+
+def overrides_param(module: nn.Module) -> bool:
+    """Whether its class does more than Flax when it is asked for an array."""
+    return type(module).param is not nn.Module.param
 
 
 def _stated(module: nn.Module, name: str, args: tuple[Any, ...]) -> Any:
@@ -379,8 +393,9 @@ def shapes_of(variables: Any) -> Shapes:
     found, _ = jax.tree_util.tree_flatten_with_path(
         variables, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
     )
-    return tuple(
+    rows = (
         (trees.path_name(path), tuple(array.shape))
         for path, leaf in found
         for array in jax.tree.leaves(leaf)[:1]
     )
+    return Shapes(tuple(rows))

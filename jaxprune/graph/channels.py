@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -151,17 +151,15 @@ def build(
     }
     places = list(needs)
     entries = [_entries(number, needs[place]) for number, place in enumerate(places)]
-    table = np.concatenate([e for e in entries if e.size] or [np.zeros((0, 3), int)])
-    table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
-    members = defaultdict(list)
-    for label, (rows, signature) in _signatures(table, classes).items():
-        members[signature].append((label, rows))
+    table = np.concatenate(entries or [np.zeros((0, 3), np.int64)])
+    # Stable, so that a class's rows stay in the order of places and indices.
+    table = table[np.argsort(table[:, 0], kind="stable")]
     unit_of = np.full(int(classes.label.max(initial=-1)) + 1, -1, np.int64)
     found = []
-    for units in members.values():
-        if len(units) < 2:
+    for labels, rows in _alike(table, classes):
+        if len(labels) < 2:
             continue
-        slots = _slots(table, [rows for _, rows in units], places, role_of)
+        slots = _slots(table[rows, 1:], places, role_of)
         if all(slot.role == "consumer" for slot in slots):
             continue  # copies (tile, repeat) and constants: no variable makes them
         slots.sort(key=lambda s: first_use.get((s.path, s.axis), late))
@@ -169,8 +167,7 @@ def build(
         order = np.argsort(lead.index[:, 0], kind="stable")
         slots = tuple(Slot(s.path, s.axis, s.index[order], s.role) for s in slots)
         start = min(first_use.get((s.path, s.axis), late) for s in slots)
-        labels = np.array([label for label, _ in units], np.int64)[order]
-        found.append((start, lead, slots, labels))
+        found.append((start, lead, slots, labels[order]))
     found.sort(key=lambda item: (item[0], item[1].path, item[1].axis))
     groups, taken, count = [], set(), 0
     for _, lead, slots, labels in found:
@@ -192,37 +189,65 @@ def _entries(number: int, needs: np.ndarray) -> np.ndarray:
     return np.stack([label, np.full(label.size, number), index], axis=1)
 
 
-def _signatures(table: np.ndarray, classes: Classes):
-    """{class: ((first row, last row), signature)}: places with counts, and factors."""
-    parts = defaultdict(set)
+def _alike(
+    table: np.ndarray, classes: Classes
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(labels (n,), their rows of the table (n, k)) of the classes that have as many
+    indices in the same places and the same parts as factors; in order of first label."""
     node, first, second, _, block = classes.products
     of = classes.label[node]
+    parts = []
     for factor, side in ((first, 0), (second, 1)):
         label = classes.label[factor]
         true = ~classes.frozen[of] & (of != label) & ~classes.frozen[label]
-        pairs = np.stack([label[true], 2 * block[true] + side], axis=1)
-        for unit, tag in np.unique(pairs, axis=0) if pairs.size else ():
-            parts[int(unit)].add(int(tag))
-    labels, starts = np.unique(table[:, 0], return_index=True)
-    if not labels.size:
-        return {}
-    stops = np.append(starts[1:], len(table))
-    found = {}
-    for label, start, stop in zip(labels, starts, stops, strict=True):
-        tags = tuple(sorted(parts[int(label)])) if int(label) in parts else ()
-        # Sorted by place, each as often as the channel has indices there.
-        signature = (table[start:stop, 1].tobytes(), tags)
-        found[int(label)] = ((int(start), int(stop)), signature)
-    return found
+        parts.append(np.stack([label[true], 2 * block[true] + side], axis=1))
+    tags = np.unique(np.concatenate(parts), axis=0)
+    factors = _sequences(tags)
+    part = np.full(len(classes.frozen), -1, np.int64)
+    part[factors.labels] = factors.number
+    found = _sequences(table[:, :2])
+    both = np.stack([found.number, part[found.labels]], axis=1)
+    _, begins, number = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    members = np.split(
+        np.argsort(number.ravel(), kind="stable"),
+        np.cumsum(np.bincount(number.ravel()))[:-1],
+    )
+    for k in np.argsort(begins):
+        own = members[k]
+        rows = found.starts[own, None] + np.arange(int(found.counts[own[0]]))
+        yield found.labels[own], rows
+
+
+class _Sequences(NamedTuple):
+    """Each label's first row, number of rows, and the number of its sequence."""
+
+    labels: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    number: np.ndarray
+
+
+def _sequences(rows: np.ndarray) -> _Sequences:
+    """Labels with equal sequences of values, for rows (label, value) sorted by label."""
+    labels, starts, counts = np.unique(
+        rows[:, 0], return_index=True, return_counts=True
+    )
+    number = np.empty(labels.size, np.int64)
+    known = 0
+    for count in np.unique(counts):
+        mine = np.flatnonzero(counts == count)
+        values = np.ascontiguousarray(rows[starts[mine, None] + np.arange(count), 1])
+        whole = values.view(np.dtype((np.void, values.itemsize * count))).ravel()
+        _, inverse = np.unique(whole, return_inverse=True)
+        number[mine] = known + inverse.ravel()
+        known += int(inverse.max()) + 1
+    return _Sequences(labels, starts, counts, number)
 
 
 def _slots(
-    table: np.ndarray,
-    rows: Sequence[tuple[int, int]],
-    places: Sequence[Place],
-    role_of: Mapping[Place, Role],
+    stack: np.ndarray, places: Sequence[Place], role_of: Mapping[Place, Role]
 ) -> list[Slot]:
-    stack = np.stack([table[start:stop, 1:] for start, stop in rows])
+    """The slots of classes of equal places, for their (place, index) rows (n, k, 2)."""
     slots = []
     for number in np.unique(stack[0, :, 0]):
         mine = stack[0, :, 0] == number
