@@ -320,9 +320,9 @@ _SIZES = frozenset(
 def _check_params(eqn: jex.JaxprEqn, other: jex.JaxprEqn, here: Site) -> None:
     """All else that an equation states (axes, paddings, lengths) is unchanged."""
     for name, expected in eqn.params.items():
-        if name in _SIZES or not _plain(expected):
-            continue
         found = other.params.get(name)
+        if found is expected or name in _SIZES or not _plain(expected):
+            continue
         if found != expected and repr(found) != repr(expected):  # nan is not nan
             raise EmissionError(
                 f"{name} of {eqn.primitive.name} {here} depends on a size that "

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from zoo import half_plan, random_variables, tree_shapes
 
 import jaxprune as jp
@@ -252,3 +253,31 @@ def test_decoding_with_a_cache_shrinks():
     assert slim.report["left_whole"] == {}
     assert slim.variables["cache"]["cached_key"].shape == (2, 5, 2, 3)
     assert jp.verify(graph, plan, x[:, :1]) < 1e-5
+
+
+class _Bridged(nn.Module):
+    """NNX layers inside a Linen module."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nnx.bridge.to_linen(nnx.Linear, 8, 16, name="first")(x))
+        norm = nnx.bridge.to_linen(nnx.BatchNorm, 16, name="norm")
+        x = nn.relu(nn.Dense(12)(norm(x)))
+        attention = nnx.bridge.to_linen(
+            nnx.MultiHeadAttention, num_heads=2, in_features=12, decode=False, name="at"
+        )
+        return nn.Dense(3)(attention(x))
+
+
+def test_nnx_layers_inside_linen_modules_shrink():
+    model, x = _Bridged(), jax.random.normal(jax.random.key(0), (2, 5, 8))
+    variables = random_variables(model, x)
+    graph = jp.trace(model, variables, x)
+    plan = half_plan(graph)
+    slim = jp.shrink(graph, plan, variables)
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, plan, x) < 1e-6
+    assert slim.variables["params"]["at"]["query"]["kernel"].shape == (6, 1, 3)
+    made = slim.model.init(jax.random.key(1), x)
+    assert tree_shapes(made) == tree_shapes(slim.variables)
+    assert slim.model.apply(made, x).shape == (2, 5, 3)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
+from jaxprune.frameworks.linen_bridge import bridge_sizes
 from jaxprune.frameworks.linen_carries import carries_follow
 from jaxprune.frameworks.linen_stacks import unstacked
 
@@ -113,6 +114,8 @@ def resize(
     """
     if module.scope is None:
         return
+    if method == "__call__":
+        _set(module, bridge_sizes(module, table))
     if isinstance(module, nn.RNN) and method == "__call__":
         module = module.cell  # it makes its first carry before it is called
         assert module.scope is not None
