@@ -200,6 +200,8 @@ class _Push:
     Attributes:
       script: which operand to begin with at the first choices; 0 at later ones.
       choices: (operand begun with, operands) of the choices met.
+      off: arrays that lack the factor and stay so; what is made of one lacks it once
+        more, so that no factor for another passes there.
     """
 
     wiring: Wiring
@@ -209,6 +211,7 @@ class _Push:
     edges: set[tuple[Site, int, Any]] = field(default_factory=set)
     parts: dict[Key, list[Region]] = field(default_factory=dict)
     leaves: list[tuple[str, Region]] = field(default_factory=list)
+    off: set[Key] = field(default_factory=set)
 
     @property
     def touched(self) -> set[Key]:
@@ -229,7 +232,9 @@ class _Push:
         if key in self.wiring.leaf:
             self.leaves.append((self.wiring.leaf[key], region))
             return True
-        if key in self.wiring.maker and self._through(*self.wiring.maker[key], region):
+        maker = self.wiring.maker.get(key)
+        whole = maker and self.off.isdisjoint(self.wiring.operands(maker[0]))
+        if maker and whole and key not in self.off and self._through(*maker, region):
             return True
         self._restore(before)
         return False
@@ -237,21 +242,27 @@ class _Push:
     def onward(self, key: Key) -> bool:
         """True if all that reads the array can take its factor from elsewhere: the
         kernels it is multiplied with, the scales of a norm."""
-        readers = self.wiring.readers[key]
-        for site, place in readers:
+        products: list[tuple[Site, int]] = []
+        if not self._products(key, products):
+            return False
+        return all([self._push(site, 1 - place, None) for site, place in products])
+
+    def _products(self, key: Key, found: list[tuple[Site, int]]) -> bool:
+        """Adds the places at which products read the array, or what layouts make of
+        it; False if anything else reads it."""
+        self.off.add(key)
+        for site, place in self.wiring.readers[key]:
             if site == OPAQUE:
                 return False
             eqn = self.wiring.equations[site]
             name = eqn.primitive.name
             if name in ("mul", "dot_general", "conv_general_dilated"):
-                followed = self._push(site, 1 - place, None)
-            elif name in _SAME or name in _LAYOUTS:
-                followed = self.onward((site[:-1], eqn.outvars[0]))
-            else:
-                followed = False
-            if not followed:
+                found.append((site, place))
+            elif name not in _SAME and name not in _LAYOUTS:
                 return False
-        return bool(readers)
+            elif not self._products((site[:-1], eqn.outvars[0]), found):
+                return False
+        return bool(self.wiring.readers[key])
 
     def closed(self) -> bool:
         """True if nothing reads a scaled part but what was pushed through."""

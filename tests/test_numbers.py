@@ -67,6 +67,13 @@ def beside_dead_code(x):
     return attend(q @ k.swapaxes(1, 2) / jnp.sqrt(q.shape[-1]), dense(x, "v", 5))
 
 
+@case(FOLDED)
+def scaled_before_two_products(x):
+    h = nn.gelu(dense(x, "q"))
+    h = h * h.shape[-1] ** -0.5
+    return dense(h, "o", 3) * dense(h, "p", 3)
+
+
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -123,6 +130,21 @@ def inside_a_loop(x):
         return h + jnp.sin(h) / h.shape[-1]
 
     return dense(jax.lax.fori_loop(0, 3, step, dense(x, "q")), "o", 3)
+
+
+@case(WHOLE)
+def scaled_before_its_own_gate(x):
+    """Each use lacks the factor: a kernel that takes it once makes up for one."""
+    h = nn.gelu(dense(x, "q"))
+    h = h * h.shape[-1] ** -0.5
+    return dense(h * dense(h, "g"), "o", 3)
+
+
+@case(WHOLE)
+def scaled_before_scores_of_its_own(x):
+    h = nn.gelu(dense(x, "q"))
+    h = h * h.shape[-1] ** -0.5
+    return jnp.einsum("btd,bsd->bts", h, dense(h, "w")) @ x
 
 
 @case(WHOLE)
