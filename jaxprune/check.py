@@ -27,6 +27,7 @@ from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import source_line
 from jaxprune.graph.means import Divisor, divisor_at, of_a_mean, term_counts
+from jaxprune.graph.trim import trimmed
 from jaxprune.records import Plan
 from jaxprune.rescale import Folded, fold_constants
 from jaxprune.slicing import slice_variables
@@ -123,7 +124,7 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
             f"{str(error).splitlines()[0]}; keep that group whole"
         ) from error
     literals: dict[Site, Any] = {}
-    _align(graph, mask, graph.closed, slim, (), literals)
+    _align(graph, mask, graph.closed, trimmed(slim), (), literals)
     found = _explain(graph, mask, literals)
     graph.aligned.clear()  # the last plan is asked for again, by the proof
     graph.aligned[mask.tobytes()] = found

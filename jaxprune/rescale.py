@@ -245,7 +245,7 @@ class _Push:
         products: list[tuple[Site, int]] = []
         if not self._products(key, products):
             return False
-        return all([self._push(site, 1 - place, None) for site, place in products])
+        return all(self._push(site, 1 - place, None) for site, place in products)
 
     def _products(self, key: Key, found: list[tuple[Site, int]]) -> bool:
         """Adds the places at which products read the array, or what layouts make of
@@ -258,9 +258,11 @@ class _Push:
             name = eqn.primitive.name
             if name in ("mul", "dot_general", "conv_general_dilated"):
                 found.append((site, place))
-            elif name not in _SAME and name not in _LAYOUTS:
-                return False
-            elif not self._products((site[:-1], eqn.outvars[0]), found):
+            elif (
+                name not in _SAME
+                and name not in _LAYOUTS
+                or not self._products((site[:-1], eqn.outvars[0]), found)
+            ):
                 return False
         return bool(self.wiring.readers[key])
 

@@ -10,6 +10,7 @@ from zoo import ZOO, make, randomise
 import jaxprune as jp
 from jaxprune import models, trees
 from jaxprune.errors import GraphError
+from jaxprune.graph.trim import trimmed
 
 # Normalisations over channels react to any of them. At test width the last layers of
 # vgg16_seed, 13 without BatchNorm, no longer see its input.
@@ -220,3 +221,54 @@ def test_ops_that_move_channels_are_followed_or_refused(kind):
     assert jp.verify(graph, plan, x) < 1e-5
     if kind in ("flip", "pad", "shuffle"):
         assert any(group.name.startswith("a") for group in graph.groups)
+
+
+class _Asked(nn.Module):
+    """Asks a slice for its size, as code does for a kernel's fan-in."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal()
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        _ = jnp.arange(self.features) * jnp.zeros(self.features)
+        return x @ (kernel / np.sqrt(kernel[..., 0].size))
+
+
+class _AskedTwice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(_Asked(12, name="first")(x))
+        x = nn.silu(nn.remat(_Asked)(16, name="second")(x))
+        return _Asked(3, name="last")(x)
+
+
+def test_what_nothing_reads_freezes_nothing():
+    model, x = _AskedTwice(), jax.random.normal(jax.random.key(0), (2, 5))
+    variables = model.init(jax.random.key(1), x)
+    graph = jp.trace(model, variables, x)
+    assert [(g.name, g.size) for g in graph.groups] == [("first", 12), ("second", 16)]
+    plan = {g.name: np.arange(0, g.size, 2) for g in graph.groups}
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, plan, x) < 1e-6
+
+
+def test_a_trimmed_program_does_the_same():
+    def program(x):
+        _ = np.arange(4.0) * x
+        jax.debug.callback(lambda _: None, x.max())
+        both = jax.lax.cond(x[0] > 0, lambda y: (y * 2, y), lambda y: (y, y), x)
+        return jax.lax.scan(lambda c, y: (c + y, c.mean() * y), both[0][:3].sum(), x)
+
+    x = jnp.arange(4.0)
+    whole = jax.make_jaxpr(program)(x)
+    found = trimmed(whole)
+    assert len(found.consts) == 0 < len(whole.consts)
+    names = [eqn.primitive.name for eqn in found.jaxpr.eqns]
+    assert "debug_callback" in names and len(names) < len(whole.jaxpr.eqns)
+    run = jax.extend.core.jaxpr_as_fun
+    for a, b in zip(run(whole)(x), run(found)(x), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert trimmed(found) is found
