@@ -193,6 +193,11 @@ def _passed_on(
     return push if push.onward(key) and push.closed() else None
 
 
+def _takes_factors(dtype: Any) -> bool:
+    """False for quantised arrays: what they are multiplied with is rounded away."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize > 1
+
+
 @dataclass(eq=False)
 class _Push:
     """Moves a factor from an array to the variables that it is linear in.
@@ -227,6 +232,8 @@ class _Push:
                 return True
             if overlap(other, region):
                 return False
+        if key in self.wiring.leaf and not _takes_factors(key[1].aval.dtype):
+            return False
         before = self._state()
         self.parts.setdefault(key, []).append(region)
         if key in self.wiring.leaf:

@@ -139,3 +139,26 @@ def test_norms_keep_the_constants_of_what_is_left():
     plan = {g.name: np.arange(g.size // 2) for g in graph.groups}
     assert jp.shrink(graph, plan).report["rescaled"] == {}
     assert set(WIDTHS) <= set(PATTERNS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_quantised_kernels_take_no_factor(dtype, scaled):
+    """Their scales do; without one, the group stays whole."""
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.integers(-7, 8, (5, 12)), dtype) for name in "qkv"}
+    params |= {"o": jnp.ones((12, 3))}
+    params |= {f"{n}_scale": jnp.full(12, 0.1) for n in "qkv"} if scaled else {}
+
+    def attend(p, x):
+        q, k, v = (x @ p[n].astype(x.dtype) * p.get(f"{n}_scale", 0.1) for n in "qkv")
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+        return nn.softmax(scores) @ v @ p["o"]
+
+    x = jax.random.normal(jax.random.key(1), (2, 4, 5))
+    graph = jp.trace(attend, params, x)
+    plan = {g.name: np.arange(g.size // 2) for g in graph.groups}
+    slim = jp.shrink(graph, plan)
+    assert set(slim.report["rescaled"]) == ({"k_scale"} if scaled else set())
+    assert len(slim.report["left_whole"]) == (0 if scaled else 1)
+    assert jp.verify(graph, slim.plan, x) < 1e-5
