@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jaxprune.checks import check_names, is_number, scalar
-from jaxprune.errors import BudgetError, ConfigError
+from jaxprune.errors import BudgetError, ConfigError, ScoreError
 from jaxprune.graph import ChannelGraph
 from jaxprune.latency import LatencyTable, Progress, measure_latency, with_batch
 from jaxprune.records import Budget, Group, Plan
@@ -198,7 +198,7 @@ def select(
       ConfigError: an unknown option, or a value of a wrong type or out of range.
       BudgetError: no budget or several, or none of the plans allowed meets it; says
         the nearest that can be met.
-      ScoreError: scores that cannot be ranked.
+      ScoreError: scores that cannot be ranked, or of groups that the graph lacks.
     """
     budget = one_budget(
         macs=macs, params=params, bytes=bytes, latency_ms=latency_ms, keep=keep
@@ -207,6 +207,13 @@ def select(
         raise BudgetError(NO_BUDGET)
     check_names(options, (*RANKING_RULES, *LIMIT_RULES), "select")
     groups = graph.groups if groups is None else _own(graph, groups)
+    names = [group.name for group in graph.groups]
+    unknown = sorted(set(scores) - set(names))
+    if unknown:
+        raise ScoreError(
+            f"scores of {len(unknown)} groups that this graph lacks, the first "
+            f"{unknown[0]!r}; it has {names[:8]}: score the model that was traced"
+        )
     bound = constraint(graph, budget, groups)
     return select_within(graph, scores, bound, groups, options)[0]
 

@@ -11,7 +11,7 @@ from zoo import make
 import jaxprune as jp
 from jaxprune import models
 from jaxprune.budget import one_budget, rounded_up
-from jaxprune.errors import BudgetError
+from jaxprune.errors import BudgetError, ScoreError
 
 
 def _graph(name="vgg_small", shape=(4, 8, 8, 1)):
@@ -121,3 +121,10 @@ def test_floors_can_differ_by_group():
 def test_milliseconds_are_above_zero(value):
     with pytest.raises(BudgetError, match="expected milliseconds above 0"):
         one_budget(latency_ms=value)
+
+
+def test_scores_of_another_model_are_refused():
+    graph = _graph()
+    scores = _scores(graph) | {"head/other": np.ones(4)}
+    with pytest.raises(ScoreError, match="1 groups that this graph lacks.*head/other"):
+        jp.select(graph, scores, macs=0.5)
