@@ -99,6 +99,12 @@ def test_degenerate_systems(size):
     assert unwanted.kept.tolist() == [0] and not unwanted.gates.any()
 
 
+def test_channels_with_energy_fill_up_before_dead_ones():
+    gram = np.diag([1.0, 0.0, 1.0, 0.0])  # 1 and 3 are dead, the LASSO wants only 2
+    found = select_exact(gram, np.array([-1.0, 0.0, 1.0, 0.0]), 2)
+    assert found.kept.tolist() == [0, 2] and found.gates.tolist()[0] == 0
+
+
 def test_4096_channels():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1500, 4096)).astype(np.float32)

@@ -271,8 +271,8 @@ def select_exact(
     Lambda is the middle of the interval on which exactly these gates are non-zero.
     Gates that reach lambda together enter in the order of `tie_break` (C,), largest
     first, then of the index. If the path ends with fewer gates (dead or duplicated
-    channels, gates the LASSO never wants), the largest `tie_break` fill up, with gate
-    0; without a `tie_break` it is `linear`. keep == C keeps all with gates 1, lam 0.
+    channels, gates the LASSO never wants), the largest `tie_break` fill up, those
+    with any energy first, with gate 0; without a `tie_break` it is `linear`. keep == C keeps all with gates 1, lam 0.
 
     Args:
       dependent: a gate whose energy outside the span of the active ones is below
@@ -310,6 +310,6 @@ def select_exact(
     kept = np.zeros(size, bool)
     kept[path.order[: path.count]] = True
     rest = np.flatnonzero(~kept)
-    rest = rest[np.lexsort((rest, -tie[rest]))]
+    rest = rest[np.lexsort((rest, -tie[rest], np.diagonal(gram)[rest] <= 0))]
     kept[rest[: keep - path.count]] = True
     return Selection(np.flatnonzero(kept), gates, float(lam))
