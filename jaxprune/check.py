@@ -27,7 +27,6 @@ from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import source_line
 from jaxprune.graph.means import Divisor, divisor_at, of_a_mean, term_counts
-from jaxprune.graph.trim import trimmed
 from jaxprune.records import Plan
 from jaxprune.rescale import Folded, fold_constants
 from jaxprune.slicing import slice_variables
@@ -124,7 +123,7 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
             f"{str(error).splitlines()[0]}; keep that group whole"
         ) from error
     literals: dict[Site, Any] = {}
-    _align(graph, mask, graph.closed, trimmed(slim), (), literals)
+    _align(graph, mask, graph.closed, slim, (), literals)
     found = _explain(graph, mask, literals)
     graph.aligned.clear()  # the last plan is asked for again, by the proof
     graph.aligned[mask.tobytes()] = found
@@ -251,18 +250,11 @@ def _align(
         here = (*site, number)
         record = graph.records[here]
         _check_operands(wires, eqn.invars, other.invars, record.name, here)
-        for value, var, found in zip(
-            record.outputs, eqn.outvars, other.outvars, strict=True
-        ):
-            expected = kept_shape(graph, mask, value.axes, var.aval.shape)
-            if expected != tuple(found.aval.shape) and here not in graph.wiring.dead:
-                raise EmissionError(
-                    f"a size did not follow at {record.name} {here}: expected shape "
-                    f"{expected}, found {tuple(found.aval.shape)}"
-                )
-        _check_params(eqn, other, here)
-        _check_starts(graph, mask, record, other, here)
-        _check_positions(graph, mask, record, here)
+        if here not in graph.wiring.dead:
+            _check_results(graph, mask, record, other, here)
+            _check_params(eqn, other, here)
+            _check_starts(graph, mask, record, other, here)
+            _check_positions(graph, mask, record, here)
         literals[here] = [
             atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
         ]
@@ -274,6 +266,19 @@ def _align(
             )
             _align(graph, mask, a, b, deeper, literals)
     _check_operands(wires, full.jaxpr.outvars, slim.jaxpr.outvars, "result", site)
+
+
+def _check_results(graph, mask, record, other, here: Site) -> None:
+    """Every result has the shape that is left of it."""
+    for value, var, found in zip(
+        record.outputs, record.eqn.outvars, other.outvars, strict=True
+    ):
+        expected = kept_shape(graph, mask, value.axes, var.aval.shape)
+        if expected != tuple(found.aval.shape):
+            raise EmissionError(
+                f"a size did not follow at {record.name} {here}: expected shape "
+                f"{expected}, found {tuple(found.aval.shape)}"
+            )
 
 
 def _check_operands(wires, expected, found, name: str, here: Site) -> None:

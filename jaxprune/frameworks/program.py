@@ -25,7 +25,6 @@ from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import Walk
 from jaxprune.graph.means import Divisor, divisor_at, term_counts
 from jaxprune.graph.rules import RULES
-from jaxprune.graph.trim import trimmed
 
 Masks = Mapping[tuple[str, int], np.ndarray]
 
@@ -89,7 +88,6 @@ def program_of(
         closed, shapes = jax.make_jaxpr(lambda v, i: call(v, *i), return_shape=True)(
             variables, tuple(inputs)
         )
-    closed = trimmed(closed)
     atoms = Atoms()
     streams = getattr(call, "random_state", ())
     walk = Walk(atoms, RULES, tables=True, streams=streams)

@@ -23,9 +23,15 @@ Axis = np.ndarray | None
 
 @dataclass(eq=False)
 class Atoms:
-    """Nodes, ties, pins and products of one trace; filled by the rules."""
+    """Nodes, ties, pins and products of one trace; filled by the rules.
+
+    Attributes:
+      idle: what nothing reads is followed: a rule's pin has no say, but shapes must
+        still agree where a smaller program computes it.
+    """
 
     count: int = 0
+    idle: bool = False
     ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
     # Products, by rows: node, first factor, second factor, inner size, block.
@@ -43,8 +49,8 @@ class Atoms:
     def unite(self, a: Axis, b: Axis, why: str) -> Axis:
         """Ties two axes index by index; an untracked one freezes the other."""
         if a is None or b is None:
-            self.freeze(a, why)
-            self.freeze(b, why)
+            self._pin(a, why)
+            self._pin(b, why)
             return None
         if a is not b and not np.array_equal(a, b):
             self.ties.append((a, b))
@@ -52,6 +58,10 @@ class Atoms:
 
     def freeze(self, axis: Axis, why: str) -> None:
         """Pins every index of the axis, with the reason that users will read."""
+        if not self.idle:
+            self._pin(axis, why)
+
+    def _pin(self, axis: Axis, why: str) -> None:
         if axis is not None and axis.size:
             self.pins.append((axis, why))
 

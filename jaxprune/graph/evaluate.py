@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from jaxprune import conv
-from jaxprune.graph.interpret import Site
+from jaxprune.graph.interpret import Site, live
 from jaxprune.graph.rules.control import inner_jaxpr, scan_counts
 
 # before(site, eqn, operands) -> operands; after(site, eqn, operands, results) -> results
@@ -56,7 +56,8 @@ def evaluate(
     Args:
       arguments: flat, as the jaxpr takes them.
       before, after: see the types above; called at every equation but the calls.
-      execute: what runs an equation instead of `bind`.
+      execute: what runs an equation instead of `bind`; it sees none that nothing reads,
+        for those need not make sense at other sizes.
       loops: also go into scan, while and cond, which are traced anew around the
         hooks; otherwise they run as they are.
       remat: keep rematerialised calls as such; hooks must not keep arrays then.
@@ -80,7 +81,10 @@ def evaluate(
     jaxpr = closed.jaxpr
     environment.update(zip(jaxpr.constvars, closed.consts, strict=True))
     environment.update(zip(jaxpr.invars, arguments, strict=True))
+    wanted = live(jaxpr) if execute else [True] * len(jaxpr.eqns)
     for number, eqn in enumerate(jaxpr.eqns):
+        if not wanted[number]:
+            continue
         here = (*site, number)
         operands = [read(atom) for atom in eqn.invars]
         if literals and here in literals:

@@ -31,7 +31,6 @@ from jaxprune.graph.pins import (
     pin_unused,
 )
 from jaxprune.graph.rules import RULES
-from jaxprune.graph.trim import trimmed
 from jaxprune.graph.wiring import Wiring
 from jaxprune.records import Group, Plan
 
@@ -308,7 +307,6 @@ def build(
             f"{jax.tree.structure(returned)}; pass apply= with the call that returns "
             "what the loss is made of"
         )
-    closed = trimmed(closed)
     names = list(trees.flatten(structs[0]))
     atoms = Atoms()
     walk = Walk(atoms, RULES, replay, handle.random_state)

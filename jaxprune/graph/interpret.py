@@ -118,9 +118,11 @@ class Walk:
 
         for var, value in zip(jaxpr.invars, inputs, strict=True):
             environment[var] = value
-        outer = self.site
+        outer, idle = self.site, self.atoms.idle
+        read_at_all = live(jaxpr)
         for number, eqn in enumerate(jaxpr.eqns):
             self.site = (*outer, number)
+            self.atoms.idle = idle or not read_at_all[number]
             self._stack.append(eqn)
             values = [read(atom) for atom in eqn.invars]
             results = self.apply(eqn, values)
@@ -130,7 +132,7 @@ class Walk:
             for var, value in zip(eqn.outvars, results, strict=True):
                 environment[var] = value
             self._stack.pop()
-        self.site = outer
+        self.site, self.atoms.idle = outer, idle
         return [read(atom) for atom in jaxpr.outvars]
 
     def apply(self, eqn: jex.JaxprEqn, values: Sequence[Value]) -> list[Value]:
@@ -138,7 +140,8 @@ class Walk:
         pure = all(value.pure for value in values)
         rule = self.rules.get(name)
         if rule is None:
-            self.unknown.setdefault(name, self.where)
+            if not self.atoms.idle:
+                self.unknown.setdefault(name, self.where)
             why = f"{name} at {self.where} is not known"
             for value in values:
                 self.pin(value.axes, why)
@@ -164,6 +167,8 @@ class Walk:
 
     def taken(self, axis: np.ndarray, part: np.ndarray) -> None:
         """Notes that a cut takes these nodes of a table's axis."""
+        if self.atoms.idle:
+            return
         known = self._cut.setdefault(axis.tobytes(), (axis, [], self.where))
         known[1].append(part)
 
@@ -198,6 +203,17 @@ class Walk:
             adopts = self.tables or (array == first).all()
             axes.append(self.fresh(size) if adopts else None)
         return Value(tuple(axes), pure=True)
+
+
+def live(jaxpr: jex.Jaxpr) -> list[bool]:
+    """For each equation whether a result or an effect of the jaxpr needs it."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    found = []
+    for eqn in reversed(jaxpr.eqns):
+        found.append(bool(eqn.effects) or not needed.isdisjoint(eqn.outvars))
+        if found[-1]:
+            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    return found[::-1]
 
 
 _LIBRARIES = tuple(
