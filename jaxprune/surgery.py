@@ -89,7 +89,7 @@ def shrunk(
         "left_whole": left,
         "unread": list(graph.unread),
         "taken_for_means": dict(sorted(means)),
-        "rescaled": {factor.path: factor.by for factor in folded.factors},
+        "rescaled": folded.by_path,
     }
     return Slim(model, small, plan, report)
 

@@ -61,10 +61,51 @@ def divided_after_relu(x):
 
 
 @case(FOLDED)
+def of_complex_numbers(x):
+    q, k = (nn.Dense(12, param_dtype=jnp.complex64, name=n)(x) for n in "qk")
+    scores = q @ k.conj().swapaxes(1, 2) / jnp.sqrt(q.shape[-1])
+    return attend(jnp.abs(scores), dense(x, "v", 5))
+
+
+@case(WHOLE)
+def one_number_for_two_uses(x):
+    """Of which one cannot take it."""
+    q, k = dense(x, "q"), dense(x, "k")
+    scale = jnp.sqrt(q.shape[-1])
+    return attend(q @ k.swapaxes(1, 2) / scale, jnp.sin(nn.relu(k) + k / scale))
+
+
+@case(FOLDED)
 def beside_dead_code(x):
     q, k = dense(x, "q"), dense(x, "k")
     _ = jnp.zeros(q.shape) + q.std()
     return attend(q @ k.swapaxes(1, 2) / jnp.sqrt(q.shape[-1]), dense(x, "v", 5))
+
+
+@case(FOLDED)
+def a_layer_used_twice(x):
+    """Each use divides by its own root; the kernel takes the factor for both."""
+    q, k = nn.Dense(12, name="q"), nn.Dense(12, name="k")
+    for _ in range(2):
+        scores = q(x) @ k(x).swapaxes(1, 2) / np.sqrt(q(x).shape[-1])
+        x = x + nn.softmax(scores) @ x
+    return dense(x, "o", 3)
+
+
+@case(FOLDED)
+def half_of_it_on_either_side(x):
+    """Of one fused projection, by one number that JAX computes."""
+    q, k, v = jnp.split(nn.Dense(36, name="qkv")(x), 3, -1)
+    scale = jnp.sqrt(jnp.sqrt(q.shape[-1]))
+    return attend((q / scale) @ (k / scale).swapaxes(1, 2), v)
+
+
+@case(FOLDED)
+def scaled_twice(x):
+    q = dense(x, "q")
+    q = q * q.shape[-1] ** -0.25
+    q = q * q.shape[-1] ** -0.25
+    return attend(q @ dense(x, "k").swapaxes(1, 2), x)
 
 
 @case(FOLDED)

@@ -162,12 +162,16 @@ class Wiring:
         self._walk(body, here)
 
 
+# By array: its number, that in the slim program, the sites of its literals.
+Scalars = dict[Key, tuple[float, float, frozenset[Site]]]
+
+
 def scalars(
     wiring: Wiring, literals: Mapping[Site, Sequence[Any]], bind: Any
-) -> dict[Key, tuple[float, float, frozenset[Site]]]:
+) -> Scalars:
     """{array: (value, value in the slim program, sites of its literals)} for numbers
     that follow from literals alone and differ between the two programs."""
-    found: dict[Key, tuple[float, float, frozenset[Site]]] = {}
+    found: Scalars = {}
     for site, eqn in wiring.equations.items():
         name, avals = eqn.primitive.name, [var.aval for var in eqn.outvars]
         if (
@@ -191,10 +195,12 @@ def scalars(
             continue
         dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
         old, new = (
-            float(bind(eqn, [jnp.asarray(p[k], d) for p, d in zip(pairs, dtypes)])[0])
+            np.asarray(bind(eqn, [jnp.asarray(p[k], d) for p, d in zip(pairs, dtypes)]))
             for k in (0, 1)
         )
-        found[site[:-1], eqn.outvars[0]] = (old, new, frozenset(sites))
+        if not (np.imag(old).any() or np.imag(new).any()):
+            numbers = float(np.real(old)[0]), float(np.real(new)[0])
+            found[site[:-1], eqn.outvars[0]] = (*numbers, frozenset(sites))
     return found
 
 

@@ -1,0 +1,221 @@
+"""A factor moved from an array to the variables that it is linear in, exactly."""
+
+# JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxprune.graph import Record, Site
+from jaxprune.graph.wiring import OPAQUE, Key, Wiring, shape_of
+from jaxprune.regions import (
+    NOWHERE,
+    Region,
+    conv_regions,
+    dot_region,
+    is_zero,
+    mark,
+    moved,
+    overlap,
+    reaches,
+)
+
+_LAYOUTS = frozenset(("reshape", "broadcast_in_dim", "transpose", "squeeze", "slice"))
+_SAME = frozenset(
+    (
+        *("neg", "convert_element_type", "copy", "copy_p", "stop_gradient"),
+        *("reduce_precision", "name", "sharding_constraint"),
+    )
+)
+
+
+def _takes_factors(dtype: Any) -> bool:
+    """False for quantised arrays: what they are multiplied with is rounded away."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize > 1
+
+
+@dataclass(eq=False)
+class Push:
+    """Moves a factor from an array to the variables that it is linear in.
+
+    Attributes:
+      script: which operand to begin with at the first choices; 0 at later ones.
+      choices: (operand begun with, operands) of the choices met.
+      off: arrays that lack the factor and stay so; what is made of one lacks it once
+        more, so that no factor for another passes there.
+    """
+
+    wiring: Wiring
+    records: Mapping[Site, Record]
+    script: Sequence[int] = ()
+    choices: list[tuple[int, int]] = field(default_factory=list)
+    edges: set[tuple[Site, int, Any]] = field(default_factory=set)
+    parts: dict[Key, list[Region]] = field(default_factory=dict)
+    leaves: list[tuple[str, Region]] = field(default_factory=list)
+    off: set[Key] = field(default_factory=set)
+
+    def into(self, key: Key | None, region: Region) -> bool:
+        """True if the part of the array can take the factor; on False the state of
+        this object is as it was."""
+        if key is None:
+            return False
+        for other in self.parts.get(key, ()):
+            if mark(other) == mark(region):
+                return True
+            if overlap(other, region):
+                return False
+        if key in self.wiring.leaf and not _takes_factors(key[1].aval.dtype):
+            return False
+        before = self._state()
+        self.parts.setdefault(key, []).append(region)
+        if key in self.wiring.leaf:
+            self.leaves.append((self.wiring.leaf[key], region))
+            return True
+        maker = self.wiring.maker.get(key)
+        whole = maker and self.off.isdisjoint(self.wiring.operands(maker[0]))
+        if maker and whole and key not in self.off and self._through(*maker, region):
+            return True
+        self._restore(before)
+        return False
+
+    def onward(self, key: Key) -> bool:
+        """True if all that reads the array can take its factor from elsewhere: the
+        kernels it is multiplied with, the scales of a norm."""
+        products: list[tuple[Site, int]] = []
+        if not self._products(key, products):
+            return False
+        return all(self._push(site, 1 - place, None) for site, place in products)
+
+    def _products(self, key: Key, found: list[tuple[Site, int]]) -> bool:
+        """Adds the places at which products read the array, or what layouts make of
+        it; False if anything else reads it."""
+        self.off.add(key)
+        for site, place in self.wiring.readers[key]:
+            if site == OPAQUE:
+                return False
+            eqn = self.wiring.equations[site]
+            name = eqn.primitive.name
+            if name in ("mul", "dot_general", "conv_general_dilated"):
+                found.append((site, place))
+            elif (
+                name not in _SAME
+                and name not in _LAYOUTS
+                or not self._products((site[:-1], eqn.outvars[0]), found)
+            ):
+                return False
+        return bool(self.wiring.readers[key])
+
+    def closed(self) -> bool:
+        """True if nothing reads a scaled part but what was pushed through."""
+        return all(
+            (site, place, mark(region)) in self.edges
+            or (site != OPAQUE and self._misses(site, region))
+            for key, regions in self.parts.items()
+            for region in regions
+            for site, place in self.wiring.readers[key]
+        )
+
+    def _misses(self, site: Site, region: Region) -> bool:
+        """True if a slice reads none of the region."""
+        eqn = self.wiring.equations[site]
+        if eqn.primitive.name != "slice" or region is None:
+            return False
+        rank = len(shape_of(eqn.invars[0].aval))
+        axis, mask = region
+        start, stop = (
+            eqn.params[name][rank + axis] for name in ("start_indices", "limit_indices")
+        )
+        return not mask[start:stop].any()
+
+    def _either(self, site: Site, options: Sequence[tuple[int, Region]]) -> bool:
+        """Pushes to one of the operands, in their order from the script's on."""
+        if not options:
+            return False
+        number = len(self.choices)
+        pick = self.script[number] if number < len(self.script) else 0
+        self.choices.append((pick, len(options)))
+        return any(self._push(site, place, part) for place, part in options[pick:])
+
+    def _state(self) -> Any:
+        parts = {key: list(regions) for key, regions in self.parts.items()}
+        return set(self.edges), parts, list(self.leaves)
+
+    def _restore(self, state: Any) -> None:
+        self.edges, self.parts, self.leaves = state
+
+    def _push(self, site: Site, place: int, region: Region) -> bool:
+        edge = (site, place, mark(region))
+        known = edge in self.edges
+        self.edges.add(edge)
+        if self.into(self.wiring.operands(site)[place], region):
+            return True
+        if not known:
+            self.edges.discard(edge)
+        return False
+
+    def _through(self, site: Site, eqn: Any, result: int, region: Region) -> bool:
+        name = eqn.primitive.name
+        if not jnp.issubdtype(eqn.outvars[result].aval.dtype, jnp.inexact):
+            return False  # rounding to integers is not linear
+        shapes = [shape_of(atom.aval) for atom in eqn.invars]
+        out = shape_of(eqn.outvars[result].aval)
+        if name in _SAME:
+            return self._push(site, 0, region)
+        if name in ("mul", "div"):
+            # What depends on variables alone is the better place: the scale of a norm.
+            pure = [value.pure for value in self.records[site].inputs]
+            both = [0, 1] if pure[0] else [1, 0]
+            places = [0] if name == "div" else both
+            return self._either(
+                site,
+                [
+                    (place, region)
+                    for place in places
+                    if region is None or reaches(shapes[place], region)
+                ],
+            )
+        if name in ("add", "sub", "select_n"):
+            first = 1 if name == "select_n" else 0
+            return all(
+                is_zero(eqn.invars[p])
+                or (
+                    (region is None or reaches(shapes[p], region))
+                    and self._push(site, p, region)
+                )
+                for p in range(first, len(shapes))
+            )
+        if name in ("dot_general", "conv_general_dilated"):
+            if name == "dot_general":
+                parts = [dot_region(eqn, shapes, len(out), p, region) for p in (0, 1)]
+            else:
+                parts = conv_regions(eqn, len(out), region)
+            options = [(place, parts[place]) for place in (1, 0)]
+            return self._either(site, [o for o in options if o[1] is not NOWHERE])
+        if name in ("gather", "dynamic_slice") and region is None:
+            return self._push(site, 0, None)
+        if name == "max" and any(map(is_zero, eqn.invars)):  # relu(c x) = c relu(x)
+            return self._push(site, int(is_zero(eqn.invars[0])), region)
+        if name == "concatenate":
+            return self._concatenate(site, eqn, shapes, region)
+        part = moved(eqn, result, shapes[0], out, region)
+        return part is not NOWHERE and self._push(site, 0, part)
+
+    def _concatenate(self, site: Site, eqn: Any, shapes: Any, region: Region) -> bool:
+        rank, start = len(shapes[0]), 0
+        along = eqn.params["dimension"] - rank
+        for place, shape in enumerate(shapes):
+            part: Region = region
+            if region is not None and region[0] == along:
+                mask = region[1][start : start + shape[along]]
+                start += shape[along]
+                if not mask.any():
+                    continue
+                part = None if mask.all() else (along, mask)
+            if not self._push(site, place, part):
+                return False
+        return True
