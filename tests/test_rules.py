@@ -35,6 +35,56 @@ def _own_kernels(x):
     return jax.vmap(convolve)(x, _grams(x))
 
 
+# A position for each of the two examples.
+_ROWS = jnp.array([3, 1])
+
+
+def _unshuffled(x):
+    """Rows put back in order, by indices that all channels share."""
+    order = jnp.argsort(jnp.sin(jnp.arange(2 * 6.0)).reshape(2, 6), 1)
+    return jnp.take_along_axis(x, jnp.broadcast_to(order[..., None], x.shape), 1)
+
+
+def _put_along(x):
+    """Each channel's maximum set to zero."""
+    put = jax.vmap(lambda row, place: row.at[place].set(0.0), -1, -1)
+    return jax.vmap(put)(x, jnp.argmax(x, 1))
+
+
+def _slices_of_rows(x):
+    return jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, 2))(
+        x, _ROWS
+    )
+
+
+def _updated_rows(x):
+    """A cache of keys for each example."""
+    put = lambda row, start: lax.dynamic_update_slice(row, row[:2] + 1, (start, 0))
+    return jax.vmap(put)(x, _ROWS)
+
+
+def _slope_of_pooled(x):
+    """The gradient of a network with a pooling, as forces of a potential."""
+    pool = lambda x: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 2, 1), (1, 2, 1), "VALID"
+    )
+    return jax.grad(lambda x: (pool(x) ** 2).sum())(x)
+
+
+def _pooled_with_places(x):
+    """As unpooling needs: each channel's maximum and the position that it has."""
+    places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+
+    def larger(a, b):
+        first = a[0] >= b[0]
+        return tuple(jnp.where(first, p, q) for p, q in zip(a, b, strict=True))
+
+    window = (1, 2, 1), (1, 2, 1), "VALID"
+    start = -jnp.inf, jnp.int32(0)
+    most, where = lax.reduce_window((x, places), start, larger, *window)
+    return most * (1.0 + where)
+
+
 # An operation on x (B, T, C) between two linear layers, and the number of channels
 # of "a" that may be removed separately; 0 where all are frozen.
 OPERATIONS = {
@@ -85,7 +135,15 @@ OPERATIONS = {
     "one_channel": (lambda x: x * x[..., :1], 0),
     "gather_positions": (lambda x: x[:, jnp.array([4, 0, 0, 2])], C),
     "gather_channels": (lambda x: x[..., jnp.array([4, 0, 0, 2])], 0),
-    "take_along": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, 1), 1), 0),
+    "take_along": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, 1), 1), C),
+    "take_rows_along": (_unshuffled, C),
+    "take_channels_along": (lambda x: jnp.take_along_axis(x, jnp.argsort(x), -1), 0),
+    "put_along": (_put_along, C),
+    "index_under_vmap": (lambda x: jax.vmap(lambda r, i: r[i])(x, _ROWS), C),
+    "slice_under_vmap": (_slices_of_rows, C),
+    "update_under_vmap": (_updated_rows, C),
+    "slope_of_pooled": (_slope_of_pooled, C),
+    "maximum_and_its_place": (_pooled_with_places, C),
     "scatter_positions": (lambda x: x.at[:, jnp.array([1, 3])].add(2.0), C),
     "scatter_max": (lambda x: x.at[:, jnp.array([1, 3])].max(0.2), C),
     "scatter_min": (lambda x: x.at[:, jnp.array([1, 3])].min(0.2), C),

@@ -123,19 +123,26 @@ def ordering(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
 
 
 def window(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
-    """Axes with a window of one pass; the others are positions."""
-    source = values[-1] if eqn.primitive.name == "select_and_scatter_add" else values[0]
-    sizes = eqn.params["window_dimensions"]
+    """Axes with a window of one pass; the others are positions. Of several operands
+    (a maximum and where it lies) the windows move together."""
+    sizes, results = eqn.params["window_dimensions"], eqn.outvars
     why = f"{eqn.primitive.name} at {walk.where} slides over this axis"
+    # Behind the operands of the others come initial values.
+    paired = eqn.primitive.name.startswith("select_and")
+    sources = values if paired else values[: len(results)]
     axes: list[Axis] = []
     for dim, size in enumerate(sizes):
-        shape = eqn.outvars[0].aval.shape
-        axis = source.axes[dim]
-        whole = size == 1 and (axis is None or axis.size == shape[dim])
-        if not whole:
-            walk.atoms.freeze(axis, why)
-        axes.append(axis if whole else None)
-    return [tuple(axes) for _ in eqn.outvars]
+        length = results[0].aval.shape[dim]
+        met = [source.axes[dim] for source in sources]
+        if size == 1 and all(a is None or a.size == length for a in met):
+            axis = met[0]
+            for other in met[1:]:
+                axis = walk.atoms.unite(axis, other, why)
+            axes.append(axis)
+        else:
+            walk.pin(met, why)
+            axes.append(None)
+    return [tuple(axes) for _ in results]
 
 
 def bitcast(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):

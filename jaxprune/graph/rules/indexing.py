@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
+from typing import Any
 
 from jax.extend import core as jex
 
@@ -12,26 +13,51 @@ from jaxprune.graph.interpret import Value, Walk
 
 
 def gather(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
-    """Axes taken whole (the features of an embedding) pass on to the result."""
+    """Axes taken whole (the features of an embedding) pass on to the result, and those
+    that operand and indices share (take_along_axis).
+
+    An axis is whole too where a start is given for it (dynamic slices under vmap): any
+    but 0 is moved there or drops the slice, of all channels alike.
+    """
     operand, indices = values
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = eqn.invars[0].aval.shape
+    shape, rank = eqn.invars[0].aval.shape, len(eqn.outvars[0].aval.shape)
+    shared = _shared(numbers, "start_indices_batching_dims")
     offset = tuple(numbers.offset_dims)
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    gone = {*numbers.collapsed_slice_dims, *batching}
+    gone = {*numbers.collapsed_slice_dims, *shared}
     kept = [dim for dim in range(len(shape)) if dim not in gone]
-    why = f"indexed at {walk.where}"
-    whole = {
-        d for d in kept if sizes[d] == shape[d] and d not in numbers.start_index_map
-    }
-    for dim, axis in enumerate(operand.axes):
-        if dim not in whole:
-            walk.atoms.freeze(axis, why)
-    walk.pin(indices.axes, f"used as indices at {walk.where}")
-    axes: list[Axis] = [None] * len(eqn.outvars[0].aval.shape)
+    whole = {d for d in kept if sizes[d] == shape[d]}
+    axes: list[Axis] = [None] * rank
     for place, dim in zip(offset, kept, strict=True):
         axes[place] = operand.axes[dim] if dim in whole else None
+    _indexed(walk, operand.axes, {*whole, *shared}, indices.axes, {*shared.values()})
+    batch = [place for place in range(rank) if place not in offset]
+    for dim, of_index in shared.items():
+        axes[batch[of_index]] = walk.atoms.unite(
+            operand.axes[dim], indices.axes[of_index], f"indexed at {walk.where}"
+        )
     return [tuple(axes)]
+
+
+def _shared(numbers: Any, name: str) -> dict[int, int]:
+    """{axis of the operand: axis of the indices} that are walked along together."""
+    own = getattr(numbers, "operand_batching_dims", ())
+    return dict(zip(own, getattr(numbers, name, ()), strict=True))
+
+
+def _indexed(
+    walk: Walk,
+    operand: Sequence[Axis],
+    free: set[int],
+    indices: Sequence[Axis],
+    shared: set[int],
+) -> None:
+    """Pins the axes that indices point into, and the indices' own."""
+    for dim, axis in enumerate(operand):
+        if dim not in free:
+            walk.atoms.freeze(axis, f"indexed at {walk.where}")
+    rest = [axis for dim, axis in enumerate(indices) if dim not in shared]
+    walk.pin(rest, f"used as indices at {walk.where}")
 
 
 def dynamic_slice(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
@@ -61,26 +87,30 @@ def dynamic_update_slice(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value])
 
 
 def scatter(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
-    """Window axes of full size are tied to the operand's; the others freeze."""
+    """Window axes of full size are tied to the operand's, and those that operand,
+    indices and updates share to each other; the others freeze."""
     operand, indices, updates = values
     numbers = eqn.params["dimension_numbers"]
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    gone = {*numbers.inserted_window_dims, *batching}
+    shared = _shared(numbers, "scatter_indices_batching_dims")
+    gone = {*numbers.inserted_window_dims, *shared}
     kept = [dim for dim in range(len(operand.axes)) if dim not in gone]
-    shape, why = eqn.invars[0].aval.shape, f"scattered into at {walk.where}"
-    axes: list[Axis] = [None] * len(shape)
+    shape, given = (eqn.invars[k].aval.shape for k in (0, 2))
+    why = f"scattered into at {walk.where}"
     window = dict(zip(numbers.update_window_dims, kept, strict=True))
+    batch = [place for place in range(len(given)) if place not in window]
+    tied = {place: d for place, d in window.items() if given[place] == shape[d]}
+    tied.update({batch[of_index]: dim for dim, of_index in shared.items()})
+    axes: list[Axis] = [None] * len(shape)
     for place, axis in enumerate(updates.axes):
-        dim = window.get(place)
-        full = dim is not None and eqn.invars[2].aval.shape[place] == shape[dim]
-        if dim is not None and full and dim not in numbers.scatter_dims_to_operand_dims:
-            axes[dim] = walk.atoms.unite(operand.axes[dim], axis, why)
-        else:
+        dim = tied.get(place)
+        if dim is None:
             walk.atoms.freeze(axis, why)
-    for dim, axis in enumerate(operand.axes):
-        if axes[dim] is None:
-            walk.atoms.freeze(axis, why)
-    walk.pin(indices.axes, f"used as indices at {walk.where}")
+            continue
+        axes[dim] = walk.atoms.unite(operand.axes[dim], axis, why)
+        if dim in shared:
+            along = indices.axes[shared[dim]]
+            axes[dim] = walk.atoms.unite(axes[dim], along, why)
+    _indexed(walk, operand.axes, set(tied.values()), indices.axes, {*shared.values()})
     return [tuple(axes)]
 
 
