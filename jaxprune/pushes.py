@@ -158,6 +158,17 @@ class Push:
             self.edges.discard(edge)
         return False
 
+    def _is_zero(self, site: Site, place: int) -> bool:
+        """True if the operand is made of nothing but the literal 0."""
+        if is_zero(self.wiring.equations[site].invars[place]):
+            return True
+        key = self.wiring.operands(site)[place]
+        if key is None or key not in self.wiring.maker:
+            return False
+        maker, eqn, _ = self.wiring.maker[key]
+        layout = eqn.primitive.name in _LAYOUTS or eqn.primitive.name in _SAME
+        return layout and self._is_zero(maker, 0)
+
     def _through(self, site: Site, eqn: Any, result: int, region: Region) -> bool:
         name = eqn.primitive.name
         if not jnp.issubdtype(eqn.outvars[result].aval.dtype, jnp.inexact):
@@ -182,7 +193,7 @@ class Push:
         if name in ("add", "sub", "select_n"):
             first = 1 if name == "select_n" else 0
             return all(
-                is_zero(eqn.invars[p])
+                self._is_zero(site, p)
                 or (
                     (region is None or reaches(shapes[p], region))
                     and self._push(site, p, region)
@@ -198,8 +209,9 @@ class Push:
             return self._either(site, [o for o in options if o[1] is not NOWHERE])
         if name in ("gather", "dynamic_slice") and region is None:
             return self._push(site, 0, None)
-        if name == "max" and any(map(is_zero, eqn.invars)):  # relu(c x) = c relu(x)
-            return self._push(site, int(is_zero(eqn.invars[0])), region)
+        if name == "max":  # relu(c x) = c relu(x)
+            zero = [self._is_zero(site, p) for p in (0, 1)]
+            return any(zero) and self._push(site, int(zero[0]), region)
         if name == "concatenate":
             return self._concatenate(site, eqn, shapes, region)
         part = moved(eqn, result, shapes[0], out, region)

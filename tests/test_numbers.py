@@ -83,6 +83,13 @@ def beside_dead_code(x):
 
 
 @case(FOLDED)
+def masked_before_it_is_scaled(x):
+    q = jnp.where(jnp.arange(6)[:, None] < 4, dense(x, "q"), 0.0)
+    q = jnp.where(jnp.arange(6)[:, None] > 0, q, jnp.zeros_like(q))
+    return attend(q * q.shape[-1] ** -0.5 @ dense(x, "k").swapaxes(1, 2), x)
+
+
+@case(FOLDED)
 def a_layer_used_twice(x):
     """Each use divides by its own root; the kernel takes the factor for both."""
     q, k = nn.Dense(12, name="q"), nn.Dense(12, name="k")

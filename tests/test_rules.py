@@ -142,6 +142,7 @@ OPERATIONS = {
     "index_under_vmap": (lambda x: jax.vmap(lambda r, i: r[i])(x, _ROWS), C),
     "slice_under_vmap": (_slices_of_rows, C),
     "update_under_vmap": (_updated_rows, C),
+    "composite": (lax.composite(jnp.tanh, "example.tanh"), C),
     "slope_of_pooled": (_slope_of_pooled, C),
     "maximum_and_its_place": (_pooled_with_places, C),
     "scatter_positions": (lambda x: x.at[:, jnp.array([1, 3])].add(2.0), C),

@@ -11,28 +11,12 @@ from jax.extend import core as jex
 
 from jaxprune import conv
 from jaxprune.graph.interpret import Site, live
-from jaxprune.graph.rules.control import inner_jaxpr, scan_counts
+from jaxprune.graph.rules.control import CALLS, inner_jaxpr, scan_counts
 
 # before(site, eqn, operands) -> operands; after(site, eqn, operands, results) -> results
 Before = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
 After = Callable[[Site, jex.JaxprEqn, list[Any], list[Any]], list[Any]]
 Execute = Callable[[Site, jex.JaxprEqn, list[Any]], list[Any]]
-
-CALLS = frozenset(
-    [
-        "jit",
-        "pjit",
-        "closed_call",
-        "core_call",
-        "remat",
-        "remat2",
-        "checkpoint",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "custom_vjp_call_jaxpr",
-        "core_closed_call",
-    ]
-)
 
 
 class Stop(Exception):

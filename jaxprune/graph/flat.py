@@ -8,9 +8,9 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from jaxprune.graph.evaluate import CALLS, bind
+from jaxprune.graph.evaluate import bind
 from jaxprune.graph.interpret import Record, Site
-from jaxprune.graph.rules.control import inner_jaxpr
+from jaxprune.graph.rules.control import CALLS, inner_jaxpr
 
 # An operand: the number of a slot, or a literal's value in a tuple.
 Operand = int | tuple[Any]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
-from jaxprune.graph.evaluate import CALLS, sub_jaxprs
+from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import Record, Site, Value, is_user_file, source_line
+from jaxprune.graph.rules.control import CALLS
 
 Shape = tuple[int, ...]
 # What a plan leaves of the shape of an array.

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jaxprune.graph.evaluate import CALLS
 from jaxprune.graph.interpret import Site
-from jaxprune.graph.rules.control import inner_jaxpr, scan_counts
+from jaxprune.graph.rules.control import CALLS, inner_jaxpr, scan_counts
 
 # A variable of a jaxpr at one call site (sub-jaxprs are shared between sites).
 Key = tuple[Site, Any]

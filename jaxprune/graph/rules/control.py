@@ -7,6 +7,14 @@ from jax.extend import core as jex
 
 from jaxprune.graph.interpret import Value, Walk
 
+# What runs its one sub-jaxpr, once; evaluations inline it.
+CALLS = frozenset(
+    """
+    jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call
+    custom_vjp_call custom_vjp_call_jaxpr core_closed_call composite
+    """.split()
+)
+
 
 def inner_jaxpr(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
     """The sub-jaxpr of a call-like equation."""
@@ -99,9 +107,4 @@ def _tie(walk: Walk, before: Sequence[Value], after: Sequence[Value]) -> list[Va
     ]
 
 
-_CALLS = """
-jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call
-custom_vjp_call custom_vjp_call_jaxpr core_closed_call
-""".split()
-
-RULES = {**dict.fromkeys(_CALLS, call), "scan": scan, "while": while_loop, "cond": cond}
+RULES = {**dict.fromkeys(CALLS, call), "scan": scan, "while": while_loop, "cond": cond}
