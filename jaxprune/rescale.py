@@ -4,9 +4,9 @@ The source recomputes such a constant from the slim arrays, which changes the fu
 after a query/key width shrinks from D to D', scores are divided by sqrt(D') instead of
 sqrt(D). Where the operand of such a factor is linear in some kernels that nothing else
 reads, those kernels (and biases, or the scales of a norm in between) take the factor
-sqrt(D'/D), and the slim model equals the masked original exactly. Where it is not, what
-its result is multiplied with next may take it. Where nothing can, the static check
-refuses the plan.
+sqrt(D'/D), and the slim model equals the masked original exactly; the calls of a layer
+that is called several times take it together. Where it is not, what its result is
+multiplied with next may take it. Where nothing can, the static check refuses the plan.
 """
 
 # JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
