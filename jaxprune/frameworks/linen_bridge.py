@@ -46,9 +46,11 @@ def _at(kind: Any, shapes: Mapping[str, Shape], kept: bool) -> Any:
         state = nnx.to_flat_state(nnx.state(made))
         for path, variable in state:
             shape = shapes.get("/".join(map(str, path)))
-            value = variable.get_value()
-            if shape is None or len(shape) != value.ndim:
+            if shape is None or not isinstance(variable, nnx.Variable):
                 continue
+            value = variable.get_value()
+            if len(shape) != value.ndim:
+                continue  # stacked by nn.scan or nn.vmap
             if kept:
                 variable.set_value(value[tuple(map(slice, shape))])
             else:  # no operation that the original does not have
