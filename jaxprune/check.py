@@ -156,6 +156,18 @@ def doubtful_divisors(
     return own, frozenset()
 
 
+def means_of_the_source(graph: ChannelGraph, aligned: Aligned) -> frozenset[Divisor]:
+    """Divisions in the user's own source that now count the terms that are left."""
+    return frozenset(
+        divisor_at(graph.records[site], place)
+        for site, values in aligned.means.items()
+        for place, value in enumerate(values)
+        if value is not None
+        and site not in graph.wiring.dead
+        and not of_a_mean(graph.records[site])
+    )
+
+
 def _term_counts(graph: ChannelGraph, mask: np.ndarray) -> dict[Site, tuple[int, Any]]:
     return term_counts(
         graph.closed,

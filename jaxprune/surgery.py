@@ -6,7 +6,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.check import align, doubtful_divisors, follow, slim_handle
+from jaxprune.check import (
+    align,
+    doubtful_divisors,
+    follow,
+    means_of_the_source,
+    slim_handle,
+)
 from jaxprune.collection import uncollected
 from jaxprune.frameworks.replay import check_replay
 from jaxprune.frameworks.replay import replay as replayed
@@ -43,10 +49,13 @@ def shrink(
       replay: for models whose source states widths: `slim.model` becomes a function
         (variables, *inputs) -> outputs that evaluates the original's program at the
         new sizes (`jaxprune.frameworks.replay`), so that those groups shrink too. By
-        default as the graph was traced. Divisions by the number of summed channels in
-        the model's source that only may be means are in
-        `slim.report["taken_for_means"]`, {source line: number}, where the source at the
-        smaller size could not tell.
+        default as the graph was traced.
+
+    A sum divided by the number of its terms is a mean, of the channels that are left.
+    Where the division is in the model's own source, and may be by another number of
+    that size (scores written out as `(q * k).sum(-1) / d`), it is listed in
+    `slim.report["taken_for_means"]`, {source line: number}; a replay lists those of
+    which the source at the smaller size could not tell.
 
     Raises:
       PlanError: the plan does not fit the graph.
@@ -75,7 +84,8 @@ def shrunk(
         own, means = doubtful_divisors(graph, plan)
         model, settings = replayed(graph, plan, own=own), ()
     else:
-        folded = align(graph, plan).folded
+        aligned = align(graph, plan)
+        folded, means = aligned.folded, means_of_the_source(graph, aligned)
         small = rescale(keep_indices(graph, plan), folded, small)
         model = slim_handle(graph, plan, small).model
         settings = graph.handle.settings(graph.notes, graph.layer_masks(plan))

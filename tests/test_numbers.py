@@ -383,3 +383,20 @@ def test_a_number_of_the_sources_own_may_equal_the_width(stated):
     np.testing.assert_allclose(
         slim.model(slim.variables, TOKENS), model(masked, TOKENS), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_means_in_the_source_are_listed(written_out):
+    def model(params, x):
+        h = jnp.tanh(x @ params["a"])
+        total = h.sum(-1, keepdims=True) / h.shape[-1]
+        mean = total if written_out else h.mean(-1, keepdims=True)
+        return (h - mean) @ params["b"]
+
+    params = {"a": jnp.ones((5, 8)), "b": jnp.ones((8, 3))}
+    graph = jp.trace(model, params, TOKENS)
+    slim = jp.shrink(graph, {graph.groups[0].name: [0, 3]})
+    assert jp.verify(graph, slim.plan, TOKENS) < 1e-5
+    listed = slim.report["taken_for_means"]
+    assert list(listed.values()) == ([8.0] if written_out else [])
+    assert all(line.startswith("test_numbers.py:") for line in listed)
