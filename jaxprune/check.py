@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.conv import plain_convolutions
+from jaxprune.equations import check_constants, check_operands, check_params
 from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.evaluate import sub_jaxprs
@@ -254,17 +255,17 @@ def _align(
             f"{(*site, number)} expected {where[0]}, found {where[1]}; a branch in its "
             "source depends on a size that changed. Keep that group whole"
         )
-    _check_constants(full, slim)
+    check_constants(full, slim)
     wires = dict(zip(full.jaxpr.constvars, slim.jaxpr.constvars, strict=True))
     wires.update(zip(full.jaxpr.invars, slim.jaxpr.invars, strict=True))
     pairs = zip(full.jaxpr.eqns, slim.jaxpr.eqns, strict=True)
     for number, (eqn, other) in enumerate(pairs):
         here = (*site, number)
         record = graph.records[here]
-        _check_operands(wires, eqn.invars, other.invars, record.name, here)
+        check_operands(wires, eqn.invars, other.invars, record.name, here)
         if here not in graph.wiring.dead:
             _check_results(graph, mask, record, other, here)
-            _check_params(eqn, other, here)
+            check_params(eqn, other, here)
             _check_starts(graph, mask, record, other, here)
             _check_positions(graph, mask, record, here)
         literals[here] = [
@@ -277,7 +278,7 @@ def _align(
                 here if len(inner) == 1 and record.name != "cond" else (*here, branch)
             )
             _align(graph, mask, a, b, deeper, literals)
-    _check_operands(wires, full.jaxpr.outvars, slim.jaxpr.outvars, "result", site)
+    check_operands(wires, full.jaxpr.outvars, slim.jaxpr.outvars, "result", site)
 
 
 def _check_results(graph, mask, record, other, here: Site) -> None:
@@ -291,70 +292,6 @@ def _check_results(graph, mask, record, other, here: Site) -> None:
                 f"a size did not follow at {record.name} {here}: expected shape "
                 f"{expected}, found {tuple(found.aval.shape)}"
             )
-
-
-def _check_operands(wires, expected, found, name: str, here: Site) -> None:
-    """Both programs feed the same results on."""
-    for a, b in zip(expected, found, strict=True):
-        alike = isinstance(a, jex.Literal) == isinstance(b, jex.Literal)
-        if not alike or not (isinstance(a, jex.Literal) or wires[a] is b):
-            raise EmissionError(
-                f"the slim model feeds another operand to {name} {here}; a branch in "
-                "its source depends on a size that changed. Keep that group whole"
-            )
-
-
-def _check_constants(full: jex.ClosedJaxpr, slim: jex.ClosedJaxpr) -> None:
-    """Array constants are equal; one that does not vary along an axis may shrink."""
-    if len(full.consts) != len(slim.consts):
-        raise EmissionError(
-            f"expected {len(full.consts)} constant arrays in the slim model, found "
-            f"{len(slim.consts)}; a branch in its source depends on a size that changed"
-        )
-    for a, b in zip(full.consts, slim.consts, strict=True):
-        if a is b or jnp.issubdtype(a.dtype, jax.dtypes.extended):
-            continue  # PRNG keys have no values to compare
-        expected, found = np.asarray(a), np.asarray(b)
-        for axis, size in enumerate(found.shape):
-            if size < expected.shape[axis]:
-                first = np.take(expected, [0], axis)
-                if (expected == first).all():
-                    expected = np.take(expected, range(size), axis)
-        if not np.array_equal(expected, found, equal_nan=True):
-            raise EmissionError(
-                f"a constant array of shape {a.shape} in the source depends on a size "
-                f"that changed: found shape {b.shape}, or other values; keep that group "
-                "whole"
-            )
-
-
-# Parameters that hold sizes; the shapes of the results tell if they followed.
-_SIZES = frozenset(
-    """shape sizes new_sizes start_indices limit_indices slice_sizes reps
-    feature_group_count sharding out_sharding name""".split()
-)
-
-
-def _check_params(eqn: jex.JaxprEqn, other: jex.JaxprEqn, here: Site) -> None:
-    """All else that an equation states (axes, paddings, lengths) is unchanged."""
-    for name, expected in eqn.params.items():
-        found = other.params.get(name)
-        if found is expected or name in _SIZES or not _plain(expected):
-            continue
-        if found != expected and repr(found) != repr(expected):  # nan is not nan
-            raise EmissionError(
-                f"{name} of {eqn.primitive.name} {here} depends on a size that "
-                f"changed: expected {expected}, found {found}; keep that group whole"
-            )
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_plain, value))
-    simple = (type(None), bool, int, float, str, np.integer, np.dtype)
-    return isinstance(value, simple) or type(value).__name__.endswith(
-        "DimensionNumbers"
-    )
 
 
 def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:

@@ -26,11 +26,11 @@ from jaxprune import trees
 from jaxprune.frameworks.linen_bridge import bridge_sizes
 from jaxprune.frameworks.linen_carries import carries_follow
 from jaxprune.frameworks.linen_stacks import unstacked
+from jaxprune.frameworks.linen_widths import widths
 
 Shape = tuple[int, ...]
 # Rows of (path of a layer, attribute, value).
 Settings = tuple[tuple[Any, ...], ...]
-Read = Callable[..., Shape | None]
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,9 @@ def resize(
 
 
 def _sizes(module: nn.Module, x: Any, table: Mapping[str, Shape]) -> dict[str, Any]:
-    rule = next((rule for kind, rule in _RULES if isinstance(module, kind)), None)
-    if rule is None or module.scope is None:
+    if module.scope is None:
         return {}
-    return rule(module, lambda *names: _shape(module, names, table), x)
+    return widths(module, lambda *names: _shape(module, names, table), x)
 
 
 def _set(module: nn.Module, values: Mapping[str, Any]) -> None:
@@ -255,95 +254,6 @@ def _shape(
     if leaves and hasattr(leaves[0], "shape"):
         return tuple(leaves[0].shape)
     return table.get("/".join((kind, *map(str, module.scope.path), *names)))
-
-
-def _conv(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    kernel = read("kernel")
-    if kernel is None:
-        return {}
-    return {
-        "features": kernel[-1],
-        "feature_group_count": x.shape[-1] // kernel[-2],
-    }
-
-
-def _conv_local(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    kernel = read("kernel")
-    return {} if kernel is None else {"features": kernel[-1]}
-
-
-def _conv_transpose(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    kernel = read("kernel")
-    if kernel is None:
-        return {}
-    return {"features": kernel[-2 if module.transpose_kernel else -1]}
-
-
-def _dense(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    kernel = read("kernel")
-    return {} if kernel is None else {"features": kernel[-1]}
-
-
-def _dense_general(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    kernel = read("kernel")
-    if kernel is None:
-        return {}
-    many = not isinstance(module.features, int)
-    count = len(module.features) if many else 1
-    features = tuple(kernel[-count:])
-    return {"features": features if many else features[0]}
-
-
-def _einsum(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    kernel = read("kernel")
-    return {} if kernel is None else {"shape": kernel[-len(module.shape) :]}
-
-
-def _embed(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    table = read("embedding")
-    if table is None:
-        return {}
-    return {"num_embeddings": table[-2], "features": table[-1]}
-
-
-def _attention(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    query, out = read("query", "kernel"), read("out", "kernel")
-    if query is None or out is None:
-        return {}
-    heads, width = query[-2:]
-    return {
-        "num_heads": heads,
-        "qkv_features": heads * width,
-        "out_features": out[-1],
-    }
-
-
-def _cell(*names: str) -> Callable[[Any, Read, Any], dict[str, Any]]:
-    def rule(module: Any, read: Read, x: Any) -> dict[str, Any]:
-        for name in names:
-            kernel = read(name, "kernel")
-            if kernel is not None:
-                return {"features": kernel[-2]}
-        return {}
-
-    return rule
-
-
-_RULES: tuple[tuple[Any, Callable[[Any, Read, Any], dict[str, Any]]], ...] = (
-    (nn.ConvTranspose, _conv_transpose),
-    (nn.ConvLocal, _conv_local),
-    (nn.Conv, _conv),
-    (nn.DenseGeneral, _dense_general),
-    (nn.Dense, _dense),
-    (nn.Einsum, _einsum),
-    (nn.Embed, _embed),
-    (nn.MultiHeadDotProductAttention, _attention),
-    ((nn.LSTMCell, nn.OptimizedLSTMCell), _cell("hi", "hf")),
-    (nn.GRUCell, _cell("hn")),
-    (nn.MGUCell, _cell("hn", "hf")),
-    (nn.SimpleCell, _cell("h")),
-    (nn.ConvLSTMCell, _cell("hh")),
-)
 
 
 def record_groups(notes: dict[str, int], resized: bool) -> Any:
