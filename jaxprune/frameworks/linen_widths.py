@@ -31,11 +31,6 @@ def _conv(module: Any, read: Read, x: Any) -> dict[str, Any]:
     }
 
 
-def _conv_local(module: Any, read: Read, x: Any) -> dict[str, Any]:
-    kernel = read("kernel")
-    return {} if kernel is None else {"features": kernel[-1]}
-
-
 def _conv_transpose(module: Any, read: Read, x: Any) -> dict[str, Any]:
     kernel = read("kernel")
     if kernel is None:
@@ -95,7 +90,7 @@ def _cell(*names: str) -> Callable[[Any, Read, Any], dict[str, Any]]:
 
 _RULES: tuple[tuple[Any, Callable[[Any, Read, Any], dict[str, Any]]], ...] = (
     (nn.ConvTranspose, _conv_transpose),
-    (nn.ConvLocal, _conv_local),
+    (nn.ConvLocal, _dense),
     (nn.Conv, _conv),
     (nn.DenseGeneral, _dense_general),
     (nn.Dense, _dense),
