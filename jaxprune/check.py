@@ -3,8 +3,9 @@
 The slim model is traced abstractly and held against the original's records: the same
 primitives in the same order, every shape as predicted, slices that start at the kept
 count before them, the same numbers but for those that count the terms of a mean and
-those that weights make up for (`jaxprune.rescale`). A width that did not follow, or a
-branch on a shape that flipped, is found before anyone runs the model.
+those that weights make up for (`jaxprune.rescale`). Numbers that modules state are made
+to follow (`jaxprune.attributes`). A width that did not follow, or a branch on a shape
+that flipped, is found before anyone runs the model.
 """
 
 # JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
@@ -12,8 +13,10 @@ branch on a shape that flipped, is found before anyone runs the model.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from jaxprune.alignment import Difference, axis_mask, kept_shape, same_program
+from jaxprune.attributes import Attempt, Rows, arrays_at, raised_at, search
 from jaxprune.conv import plain_convolutions
-from jaxprune.equations import check_constants, check_operands, check_params
 from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site
-from jaxprune.graph.evaluate import sub_jaxprs
 from jaxprune.graph.interpret import source_line
 from jaxprune.graph.means import Divisor, divisor_at, of_a_mean, term_counts
 from jaxprune.records import Plan
@@ -38,18 +41,29 @@ class Aligned:
     """What of the numbers in the slim program differs from the original's.
 
     Attributes:
+      numbers: that modules state and that follow, as rows of a handle's settings.
       means: literals, by call site, that count terms, at their new values; None for
         each that is the original's.
       folded: what the weights take up for the others.
     """
 
+    numbers: Rows = ()
     means: Mapping[Site, Sequence[Any]] = field(default_factory=dict)
     folded: Folded = field(default_factory=Folded)
 
 
-def slim_handle(graph: ChannelGraph, plan: Plan, small: Any) -> Any:
+def slim_settings(graph: ChannelGraph, plan: Plan, numbers: Rows = ()) -> Any:
+    """What the smaller model needs beside its arrays; JSON-ready.
+
+    numbers: those that follow, from `align`.
+    """
+    counts = graph.handle.settings(graph.notes, graph.layer_masks(plan))
+    return (*counts, *numbers)
+
+
+def slim_handle(graph: ChannelGraph, plan: Plan, small: Any, numbers: Rows = ()) -> Any:
     """The handle of the smaller model for sliced variables (real or abstract)."""
-    settings = graph.handle.settings(graph.notes, graph.layer_masks(plan))
+    settings = slim_settings(graph, plan, numbers)
     try:
         return graph.handle.rebuild(small, settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -63,35 +77,121 @@ def follow(
     graph: ChannelGraph,
     plan: Plan,
     check: Callable[[ChannelGraph, Plan], Any] | None = None,
+    *,
+    alike: bool = False,
 ) -> tuple[Plan, dict[str, str]]:
     """The plan without the groups that the model cannot follow, and why they stay.
 
-    Bisects over the groups that lose channels, so that the good ones are pruned.
-    `check` raises EmissionError for a plan that cannot be followed; by default it is
-    `align`.
+    Where the slim program first differs, one of the groups that meet there is given up,
+    the one without which the rest gets furthest (numbers of heads and widths that only
+    fit with others). Where none helps, bisects over the groups that lose channels, so
+    that the good ones are pruned.
+
+    Args:
+      check: raises EmissionError for a plan that cannot be followed; by default `align`.
+      alike: give up the same groups of all layers at once, where that helps.
     """
     check = check or align
     changed = [n for n, kept in plan.items() if kept.size < plan.sizes[n]]
     reasons: dict[str, str] = {}
 
-    def restricted(names: list[str]) -> Plan:
+    def restricted(names: Sequence[str]) -> Plan:
         return graph.complete({name: plan[name] for name in names})
 
-    def grow(good: list[str], candidates: list[str]) -> list[str]:
+    def failure_of(names: Sequence[str]) -> EmissionError | None:
+        try:
+            check(graph, restricted(names))
+        except EmissionError as error:
+            return error
+        return None
+
+    def grow(
+        good: list[str], candidates: list[str], failure: EmissionError | None = None
+    ) -> list[str]:
+        """failure: of good and candidates together, if it is known."""
         if not candidates:
             return good
-        try:
-            check(graph, restricted(good + candidates))
-        except EmissionError as error:
-            if len(candidates) == 1:
-                reasons[candidates[0]] = str(error)
-                return good
-            half = len(candidates) // 2
-            return grow(grow(good, candidates[:half]), candidates[half:])
-        return good + candidates
+        failure = failure or failure_of(good + candidates)
+        if failure is None:
+            return good + candidates
+        if len(candidates) == 1:
+            reasons[candidates[0]] = str(failure)
+            return good
+        half = len(candidates) // 2
+        more = grow(good, candidates[:half])
+        same = more == good + candidates[:half]
+        return grow(more, candidates[half:], failure if same else None)
 
-    good = grow([], changed)
+    def give_up(good: list[str], failure: EmissionError) -> list[str] | None:
+        """Groups that can be followed; None where no single one is at fault."""
+        while isinstance(failure, Difference):
+            best: tuple[Site, list[str], EmissionError] | None = None
+            for dropped in _suspects(graph, plan, failure.site, good, alike):
+                rest = [name for name in good if name not in dropped]
+                error = failure_of(rest)
+                if error is None:
+                    reasons.update(dict.fromkeys(dropped, str(failure)))
+                    return rest
+                site = error.site if isinstance(error, Difference) else ()
+                if site > (best[0] if best else failure.site):
+                    best = site, dropped, error
+            if best is None:
+                return None
+            reasons.update(dict.fromkeys(best[1], str(failure)))
+            good = [name for name in good if name not in best[1]]
+            failure = best[2]
+        return None
+
+    failure = failure_of(changed)
+    if failure is None:
+        return restricted(changed), reasons
+    good = give_up(changed, failure)
+    if good is None:
+        reasons.clear()
+        good = grow([], changed, failure)
     return restricted(good), reasons
+
+
+def _suspects(
+    graph: ChannelGraph, plan: Plan, site: Site, names: Sequence[str], alike: bool
+) -> list[list[str]]:
+    """Sets of groups to give up: those whose channels are used at the site; where there
+    is none, those that lie in the same modules. alike: of all layers."""
+    found = _groups_at(graph, plan, site, names)
+    if not found:
+        modules = {_module(name) for name in arrays_at(graph, site)}
+        paths = {g.name: {_module(s.path) for s in g.slots} for g in graph.groups}
+        found = [name for name in names if modules & paths[name]]
+    if not alike:
+        return [[name] for name in found]
+    sizes = {g.name: g.size for g in graph.groups}
+
+    def kind(name: str) -> tuple[str, int]:
+        return re.sub(r"\d+", "#", name), sizes[name]
+
+    sets = [[other for other in names if kind(other) == kind(name)] for name in found]
+    return [*sets, *([name] for name in found)]
+
+
+def _module(path: str) -> str:
+    """The module that a layer's array lies in: two steps up."""
+    return "/".join(path.removeprefix("params/").split("/")[:-2])
+
+
+def _groups_at(
+    graph: ChannelGraph, plan: Plan, site: Site, names: Sequence[str]
+) -> list[str]:
+    """Which of the groups lose channels of arrays that are used at the site."""
+    record = graph.records.get(site)
+    if record is None:
+        return []
+    axes = [a for v in (*record.inputs, *record.outputs) for a in v.axes]
+
+    def meets(name: str) -> bool:
+        mask = graph.unit_mask(graph.complete({name: plan[name]}))
+        return any(a is not None and not axis_mask(graph, mask, a).all() for a in axes)
+
+    return [name for name in names if meets(name)]
 
 
 def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
@@ -107,28 +207,46 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
     known = graph.aligned.get(mask.tobytes())
     if known is not None:
         return known
+    numbers, literals = search(graph, mask, functools.partial(_attempt, graph, plan))
+    found = replace(_explain(graph, mask, literals), numbers=numbers)
+    graph.aligned.clear()  # the last plan is asked for again, by the proof
+    graph.aligned[mask.tobytes()] = found
+    return found
+
+
+def _attempt(graph: ChannelGraph, plan: Plan, numbers: Rows) -> Attempt:
+    """Traces the slim model with some of its numbers changed, and compares."""
     structs = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), graph.variables
     )
     small = slice_variables(graph, plan, structs)
-    handle = slim_handle(graph, plan, small)
+    handle = slim_handle(graph, plan, small, numbers)
+    raised: list[Exception] = []
+
+    def run(variables: Any, inputs: Any) -> Any:
+        try:
+            return handle.trace({}, variables, *inputs)
+        except Exception as error:  # noqa: BLE001  (the user's source may raise any)
+            raised.append(error)
+            return ()
+
+    with plain_convolutions():
+        slim = jax.make_jaxpr(run)(small, graph.inputs)
     try:
-        with plain_convolutions():
-            slim = jax.make_jaxpr(lambda v, i: handle.trace({}, v, *i))(
-                small, graph.inputs
-            )
-    except Exception as error:
-        raise EmissionError(
-            "the slim model cannot be traced, because a size in its source did not "
-            "follow its arrays, or a comparison of sizes came out otherwise: "
-            f"{str(error).splitlines()[0]}; keep that group whole"
-        ) from error
-    literals: dict[Site, Any] = {}
-    _align(graph, mask, graph.closed, slim, (), literals)
-    found = _explain(graph, mask, literals)
-    graph.aligned.clear()  # the last plan is asked for again, by the proof
-    graph.aligned[mask.tobytes()] = found
-    return found
+        literals = same_program(graph, graph.unit_mask(plan), slim, ended=not raised)
+    except Difference as error:
+        return Attempt(error=error)
+    if not raised:
+        return Attempt(literals)
+    (error,) = raised
+    found = Difference(
+        "the slim model cannot be traced, because a size in its source did not "
+        "follow its arrays, or a comparison of sizes came out otherwise: "
+        f"{str(error).splitlines()[0]}; keep that group whole",
+        (len(slim.jaxpr.eqns),),
+    )
+    found.__cause__ = error
+    return Attempt(error=found, places=raised_at(error))
 
 
 def doubtful_divisors(
@@ -203,7 +321,7 @@ def _explain(
     wiring = graph.wiring
     left = {s for s in changed if not _alike(graph.records[s].eqn, others[s])}
     if not left - wiring.dead:
-        return Aligned(means)
+        return Aligned(means=means)
     folded = fold_constants(graph, others)
     for site in sorted(left - wiring.dead - folded.sites):
         eqn = graph.records[site].eqn
@@ -218,7 +336,7 @@ def _explain(
             "slim model, and no weights can make up for it. Keep that group whole, or "
             "shrink with replay=True, which keeps the number"
         )
-    return Aligned(means, folded)
+    return Aligned(means=means, folded=folded)
 
 
 def _alike(eqn: jex.JaxprEqn, values: Sequence[Any]) -> bool:
@@ -233,110 +351,3 @@ def _equal(a: Any, b: Any) -> bool:
         return True
     a, b = np.asarray(a), np.asarray(b)
     return np.array_equal(a, b, equal_nan=bool(jnp.issubdtype(a.dtype, np.inexact)))
-
-
-def _align(
-    graph: ChannelGraph,
-    mask: np.ndarray,
-    full: jex.ClosedJaxpr,
-    slim: jex.ClosedJaxpr,
-    site: Site,
-    literals: dict[Site, Any],
-) -> None:
-    names = [[e.primitive.name for e in c.jaxpr.eqns] for c in (full, slim)]
-    if names[0] != names[1]:
-        number = next(
-            (k for k, (a, b) in enumerate(zip(*names, strict=False)) if a != b),
-            min(map(len, names)),
-        )
-        where = [n[number] if number < len(n) else "nothing" for n in names]
-        raise EmissionError(
-            "the slim model runs other operations than the original: at equation "
-            f"{(*site, number)} expected {where[0]}, found {where[1]}; a branch in its "
-            "source depends on a size that changed. Keep that group whole"
-        )
-    check_constants(full, slim)
-    wires = dict(zip(full.jaxpr.constvars, slim.jaxpr.constvars, strict=True))
-    wires.update(zip(full.jaxpr.invars, slim.jaxpr.invars, strict=True))
-    pairs = zip(full.jaxpr.eqns, slim.jaxpr.eqns, strict=True)
-    for number, (eqn, other) in enumerate(pairs):
-        here = (*site, number)
-        record = graph.records[here]
-        check_operands(wires, eqn.invars, other.invars, record.name, here)
-        if here not in graph.wiring.dead:
-            _check_results(graph, mask, record, other, here)
-            check_params(eqn, other, here)
-            _check_starts(graph, mask, record, other, here)
-            _check_positions(graph, mask, record, here)
-        literals[here] = [
-            atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
-        ]
-        wires.update(zip(eqn.outvars, other.outvars, strict=True))
-        inner = list(zip(sub_jaxprs(eqn), sub_jaxprs(other), strict=True))
-        for branch, (a, b) in enumerate(inner):
-            deeper = (
-                here if len(inner) == 1 and record.name != "cond" else (*here, branch)
-            )
-            _align(graph, mask, a, b, deeper, literals)
-    check_operands(wires, full.jaxpr.outvars, slim.jaxpr.outvars, "result", site)
-
-
-def _check_results(graph, mask, record, other, here: Site) -> None:
-    """Every result has the shape that is left of it."""
-    for value, var, found in zip(
-        record.outputs, record.eqn.outvars, other.outvars, strict=True
-    ):
-        expected = kept_shape(graph, mask, value.axes, var.aval.shape)
-        if expected != tuple(found.aval.shape):
-            raise EmissionError(
-                f"a size did not follow at {record.name} {here}: expected shape "
-                f"{expected}, found {tuple(found.aval.shape)}"
-            )
-
-
-def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:
-    """The shape that is left under a channel mask."""
-    return tuple(
-        size if axis is None else int(axis_mask(graph, mask, axis).sum())
-        for axis, size in zip(axes, shape, strict=True)
-    )
-
-
-def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """bool array (n,): which indices of a node vector are kept."""
-    return graph.kept_nodes(mask)[axis]
-
-
-def _check_starts(graph, mask, record, other, here) -> None:
-    if record.name != "slice":
-        return
-    source, params = record.inputs[0].axes, record.eqn.params
-    starts = params["start_indices"]
-    for axis, start, found, stride in zip(
-        source,
-        starts,
-        other.params["start_indices"],
-        params["strides"] or (1,) * len(starts),
-        strict=True,
-    ):
-        kept = start
-        if axis is not None and stride == 1:  # else: the first of every pair
-            kept = axis_mask(graph, mask, axis)[:start].sum()
-        if int(kept) != found:
-            raise EmissionError(
-                f"a slice did not follow at {here}: expected start {int(kept)}, found "
-                f"{found}"
-            )
-
-
-def _check_positions(graph, mask, record, here) -> None:
-    """Positions that the source counts anew would not be those of the kept channels."""
-    if record.name != "iota":
-        return
-    axis = record.outputs[0].axes[record.eqn.params["dimension"]]
-    if axis is not None and not axis_mask(graph, mask, axis).all():
-        raise EmissionError(
-            f"positions along a channel axis (iota {here}) are counted anew by the slim "
-            "model: the angles of the channels that are left would change. Keep that "
-            "group whole, or shrink with replay=True"
-        )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.check import axis_mask
+from jaxprune.alignment import axis_mask
 from jaxprune.errors import GraphError
 from jaxprune.graph import ChannelGraph, Record
 from jaxprune.graph.evaluate import bind

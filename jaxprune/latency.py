@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from jaxprune import cost
-from jaxprune.check import slim_handle
+from jaxprune.check import align, follow, slim_handle
 from jaxprune.conv import plain_convolutions
 from jaxprune.graph import ChannelGraph, Record
 from jaxprune.graph.counts import Counter, Ledger, Terms, contraction_dims
@@ -163,8 +163,9 @@ class LatencyTable:
         where other programs run, a device is faster at one time than at another.
         """
         graph, structs = self.graph, _structs(self.graph.variables)
-        small = slice_variables(graph, keep, structs)
-        handle = slim_handle(graph, graph.complete(keep), small)
+        plan, _ = follow(graph, graph.complete(keep))
+        small = slice_variables(graph, plan, structs)
+        handle = slim_handle(graph, plan, small, align(graph, plan).numbers)
         slim = self.timer(lambda v, i: handle(v, *i), small, graph.inputs)
         now = self.timer(lambda v, i: graph.handle(v, *i), structs, graph.inputs)
         return slim * self.base_ms / now

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jaxprune import budget as budgets
-from jaxprune.check import follow
 from jaxprune.checks import check_values
 from jaxprune.errors import BudgetError, ConfigError
 from jaxprune.frameworks import handle_of
@@ -23,11 +21,12 @@ from jaxprune.methods.reconstruct import (
     Progress,
 )
 from jaxprune.methods.seed_ratio import seed_ratio
-from jaxprune.records import Budget, Group, Slim
+from jaxprune.records import Budget, Group, Plan, Slim
 from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
 from jaxprune.runner import ARGUMENTS, Runner, conv_order, parse_options
 from jaxprune.schedule import removed_shares
 from jaxprune.surgery import shrunk, warn_unread
+from jaxprune.ties import settled, untied
 from jaxprune.tracing import trace
 
 
@@ -117,7 +116,8 @@ def prune(
         graph = trace(model, data.inputs, apply=apply, ignore=ignore)
     else:
         graph = trace(model, variables, data.inputs, apply=apply, ignore=ignore)
-    groups, stuck = _prunable(graph)
+    original = graph
+    graph, groups, stuck = _prunable(graph)
     run = Runner(
         method, groups, data, loss_fn, asked, seed, chosen, on_progress=on_progress
     )
@@ -148,9 +148,10 @@ def prune(
             )
             slim = shrunk(graph, found.plan, found.variables)
             error = proof(graph, slim.plan, found.variables, data) if verify else None
+    plan = untied(original, graph, slim.plan)
     report = {
         **slim.report,
-        **_record(graph, slim),
+        **_record(original, plan),
         "method": method,
         "asked": run.asked_record(),
         "left_whole": {**stuck, **slim.report.get("left_whole", {})},
@@ -167,7 +168,7 @@ def prune(
         report["achieved"]["latency_ms"] = times["measured_ms"]
     if chosen.rules.preset == "seed":
         report["seed_ratio"] = seed_ratio(graph, slim.plan)
-    return Slim(slim.model, slim.variables, slim.plan, report)
+    return Slim(slim.model, slim.variables, plan, report)
 
 
 def _shares(
@@ -202,15 +203,15 @@ def _shares(
     return None
 
 
-def _prunable(graph: ChannelGraph) -> tuple[list[Group], dict[str, str]]:
-    """The groups that can shrink, and why the others cannot.
+def _prunable(
+    graph: ChannelGraph,
+) -> tuple[ChannelGraph, list[Group], dict[str, str]]:
+    """The graph, its groups that can shrink, and why the others cannot.
 
     Raises:
       BudgetError: there is none.
     """
-    full = {g.name: np.arange(g.size) for g in graph.groups}
-    half = {name: index[: max(1, index.size // 2)] for name, index in full.items()}
-    _, stuck = follow(graph, graph.complete(half))
+    graph, stuck = settled(graph)
     groups = [g for g in graph.groups if g.name not in stuck]
     if not graph.groups:
         raise BudgetError(
@@ -228,14 +229,14 @@ def _prunable(graph: ChannelGraph) -> tuple[list[Group], dict[str, str]]:
             "graph, scores, ...) and jaxprune.shrink(graph, plan) on graph = "
             "jaxprune.trace(..., replay=True)"
         )
-    return groups, stuck
+    return graph, groups, stuck
 
 
-def _record(graph: ChannelGraph, slim: Slim) -> dict[str, Any]:
+def _record(graph: ChannelGraph, plan: Plan) -> dict[str, Any]:
     """What is left of the original network, for the report."""
-    kept = {n: len(k) for n, k in slim.plan.items()}
+    kept = {n: len(k) for n, k in plan.items()}
     return {
-        "achieved": budgets.achieved(graph, slim.plan),
+        "achieved": budgets.achieved(graph, plan),
         "groups": [
             {"name": g.name, "size": g.size, "kept": kept[g.name]} for g in graph.groups
         ],

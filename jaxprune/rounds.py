@@ -17,7 +17,6 @@ import numpy as np
 
 from jaxprune import budget as budgets
 from jaxprune import trees
-from jaxprune.check import slim_handle
 from jaxprune.errors import GraphError
 from jaxprune.graph import ChannelGraph, build
 from jaxprune.methods.measure import Calibration
@@ -94,8 +93,10 @@ def retraced(
     tuned = slim.variables
     if finetune is not None:
         tuned = _same_shapes(finetune(slim.model, slim.variables), slim.variables)
-    handle = slim_handle(state.graph, slim.plan, tuned)
-    graph = build(handle, tuned, data.inputs, ignore=ignore)
+    handle = state.graph.handle.rebuild(tuned, slim.report["settings"])
+    left = {name for name, kept in slim.plan.items() if kept.size > 1}
+    tied = [names for names in state.graph.tied if left.intersection(names)]
+    graph = build(handle, tuned, data.inputs, ignore=ignore, tied=tied)
     return state._replace(
         graph=graph, slim=Slim(handle.model, tuned, slim.plan, slim.report)
     )

@@ -12,6 +12,7 @@ from jaxprune.check import (
     follow,
     means_of_the_source,
     slim_handle,
+    slim_settings,
 )
 from jaxprune.collection import uncollected
 from jaxprune.frameworks.replay import check_replay
@@ -87,8 +88,8 @@ def shrunk(
         aligned = align(graph, plan)
         folded, means = aligned.folded, means_of_the_source(graph, aligned)
         small = rescale(keep_indices(graph, plan), folded, small)
-        model = slim_handle(graph, plan, small).model
-        settings = graph.handle.settings(graph.notes, graph.layer_masks(plan))
+        settings = slim_settings(graph, plan, aligned.numbers)
+        model = slim_handle(graph, plan, small, aligned.numbers).model
     groups = [
         {"name": g.name, "size": g.size, "kept": len(plan[g.name])}
         for g in graph.groups

@@ -23,6 +23,7 @@ def trace(
     strict: bool = False,
     outputs: Outputs = None,
     replay: bool = False,
+    tied: Sequence[Sequence[str]] = (),
 ) -> ChannelGraph:
     """The channel graph of a model, traced abstractly: nothing of it is run.
 
@@ -49,6 +50,9 @@ def trace(
         array (queries and fewer keys of one projection) shrink one by one. A module
         cannot follow there: its source would compute others for the smaller width,
         and cut at the numbers it states.
+      tied: sets of groups, by name, that are made one group: channels of the same
+        number stay or go together. For sources that state one number for the widths of
+        several (queries, keys and values); `prune` finds such sets itself.
 
     Raises:
       GraphError: the model does not run on these variables and inputs.
@@ -68,6 +72,7 @@ def trace(
             strict=strict,
             outputs=outputs,
             replay=replay,
+            tied=tied,
         )
     except GraphError:
         raise

@@ -11,13 +11,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune import trees
-from jaxprune.check import (
-    align,
-    axis_mask,
-    doubtful_divisors,
-    kept_shape,
-    slim_handle,
-)
+from jaxprune.alignment import axis_mask, kept_shape
+from jaxprune.check import align, doubtful_divisors
 from jaxprune.errors import EmissionError, GraphError
 from jaxprune.frameworks.program import shape_of
 from jaxprune.frameworks.replay import size_literals
@@ -165,9 +160,10 @@ def verify(
         )
     replay = graph.replay if replay is None else replay
     slim = shrunk(graph, plan, source, replay=replay)
-    graph = graph.retrace(inputs)
+    whole, graph = graph.handle, graph.retrace(inputs)
     expected = masked_outputs(graph, slim.plan, source, inputs, replay=replay)
-    call = slim.model if replay else slim_handle(graph, slim.plan, slim.variables)
+    rebuilt = whole.rebuild(slim.variables, slim.report["settings"])
+    call = slim.model if replay else rebuilt
     with jax.default_matmul_precision("highest"):
         outputs = jax.jit(lambda v, i: call(v, *i))(slim.variables, inputs)
     found = jax.tree.leaves(outputs)

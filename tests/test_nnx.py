@@ -216,25 +216,34 @@ def test_sharding_metadata_stays_on_the_variables():
 
 
 class _Heads(nnx.Module):
-    """Attention written by hand: its sizes are attributes that only it knows."""
+    """Attention written by hand: a number that it makes at every call, and states not."""
 
     def __init__(self, rngs):
-        self.heads, self.width = 4, 3
         self.qkv = nnx.Linear(6, 36, rngs=rngs)
         self.out = nnx.Linear(12, 2, rngs=rngs)
 
+    def count(self):
+        return 4
+
     def __call__(self, x):
         b, t, _ = x.shape
-        q, k, v = jnp.split(self.qkv(x).reshape(b, t, self.heads, -1), 3, axis=-1)
+        heads = self.count()
+        q, k, v = jnp.split(self.qkv(x).reshape(b, t, heads, -1), 3, axis=-1)
         weights = nnx.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
         found = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        return self.out(found.reshape(b, t, self.heads * self.width))
+        return self.out(found.reshape(b, t, heads * 3))
 
 
 class _Following(_Heads):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.inverse = 1 / 4  # no whole number
+
+    def count(self):
+        return round(1 / self.inverse)
+
     def follow_arrays(self):
-        self.width = 3
-        self.heads = self.out.kernel.shape[0] // self.width
+        self.inverse = 3 / self.out.kernel.shape[0]
 
 
 def test_modules_say_how_their_own_sizes_follow():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -12,6 +12,8 @@ from jaxprune.errors import GraphError
 from jaxprune.frameworks.function import FunctionHandle
 from jaxprune.frameworks.linen import LinenHandle
 from jaxprune.frameworks.nnx import NnxHandle
+
+Numbers = Mapping[str, tuple[type, Mapping[str, int]]]
 
 __all__ = ["FunctionHandle", "Handle", "LinenHandle", "NnxHandle", "handle_of"]
 
@@ -34,6 +36,10 @@ class Handle(Protocol):
     def mirror_name(self, path: str) -> str: ...
 
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any: ...
+
+    def numbers(self, variables: Any, *inputs: Any) -> Numbers:
+        """The whole numbers that the user's modules state, by path."""
+        ...
 
     def settings(self, notes: Any, masks: Any) -> tuple[Any, ...]: ...
 

@@ -36,6 +36,11 @@ class FunctionHandle:
         del notes
         return self(variables, *inputs)
 
+    def numbers(self, variables: Any, *inputs: Any) -> dict[str, Any]:
+        """None: what a function closes over is out of reach."""
+        del variables, inputs
+        return {}
+
     def settings(self, notes: Any, masks: Any) -> tuple[()]:
         """Nothing: shapes say it all."""
         del notes, masks

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from jaxprune.frameworks.flags import call_flags
 from jaxprune.frameworks.linen_resize import (
@@ -15,6 +16,7 @@ from jaxprune.frameworks.linen_resize import (
     following,
     group_settings,
     record_groups,
+    record_numbers,
     shapes_of,
 )
 
@@ -60,6 +62,19 @@ class LinenHandle:
         """As the call, noting what shapes do not tell: the groups of each GroupNorm."""
         with record_groups(notes, isinstance(self.model, Resized)):
             return self(variables, *inputs)
+
+    def numbers(
+        self, variables: Any, *inputs: Any
+    ) -> dict[str, tuple[type, dict[str, int]]]:
+        """The whole numbers that the user's modules state, by path; traced abstractly.
+
+        A module with a method `resized` says itself how its numbers follow.
+        """
+        found: dict[str, tuple[type, dict[str, int]]] = {}
+        if not hasattr(self.model, "resized"):
+            with record_numbers(found):
+                jax.eval_shape(lambda v, i: self(v, *i), variables, inputs)
+        return found
 
     def settings(
         self, notes: Mapping[str, int], masks: Mapping[tuple[str, int], Any]

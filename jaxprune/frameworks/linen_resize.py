@@ -27,6 +27,7 @@ from jaxprune.frameworks.linen_bridge import bridge_sizes
 from jaxprune.frameworks.linen_carries import carries_follow
 from jaxprune.frameworks.linen_stacks import unstacked
 from jaxprune.frameworks.linen_widths import widths
+from jaxprune.frameworks.stated import numbers_of, state
 
 Shape = tuple[int, ...]
 # Rows of (path of a layer, attribute, value).
@@ -47,8 +48,8 @@ class Resized(nn.Module):
       jaxprune_module: the user's; a name that none of their layers has, for it is
         reserved in the scope that both share.
       shapes: name and shape of every array, for `init`.
-      settings: (path of a layer, attribute, value) that shapes do not tell
-        (GroupNorm's num_groups).
+      settings: (path of a module, attribute, value) that shapes do not tell:
+        GroupNorm's num_groups, numbers that the user's modules state.
     """
 
     jaxprune_module: nn.Module
@@ -84,11 +85,16 @@ class Resized(nn.Module):
 def following(shapes: Shapes, settings: Settings) -> Iterator[None]:
     """While it lasts, layers that run take their widths from their arrays."""
     table = dict(shapes.rows)
-    stated = {(path, name): value for path, name, value in settings}
+    stated: dict[str, list[tuple[str, Any]]] = {}
+    for path, name, value in settings:
+        stated.setdefault(path, []).append((name, value))
 
     def follow(next_fun, args, kwargs, context):
         if context.method_name in ("__call__", "setup"):
-            resize(context.module, context.method_name, args, kwargs, table, stated)
+            resize(context.module, context.method_name, args, kwargs, table)
+        if stated and context.method_name != "setup":
+            for name, value in stated.get(_path(context.module), ()):
+                state(context.module, name, value, object.__setattr__)
         adopt(context.module, table)
         return next_fun(*args, **kwargs)
 
@@ -105,7 +111,6 @@ def resize(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     table: Mapping[str, Shape],
-    settings: Mapping[tuple[str, str], int | None],
 ) -> None:
     """Sets the width attributes of one layer, if it is of a known type.
 
@@ -123,10 +128,6 @@ def resize(
         return
     x = args[0] if args else next(iter(kwargs.values()), None)
     _set(module, _sizes(module, x, table))
-    path = "/".join(map(str, module.scope.path))
-    for (place, name), value in settings.items():
-        if place == path:
-            _set(module, {name: value})
 
 
 def _sizes(module: nn.Module, x: Any, table: Mapping[str, Shape]) -> dict[str, Any]:
@@ -273,10 +274,29 @@ def record_groups(notes: dict[str, int], resized: bool) -> Any:
             count = module.num_groups
             if count is None:
                 count = args[0].shape[-1] // module.group_size
-            notes["/".join(map(str, module.scope.path))] = count
+            notes[_path(module)] = count
         return result
 
     return nn.intercept_methods(note)
+
+
+def record_numbers(found: dict[str, tuple[type, dict[str, int]]]) -> Any:
+    """A context in which every module of the user's that runs notes its numbers."""
+
+    def note(next_fun, args, kwargs, context):
+        result = next_fun(*args, **kwargs)
+        module = context.module
+        own = isinstance(module, Resized) or type(module).__module__.startswith("flax.")
+        # Setup makes attributes; a resized module's follow after it.
+        if not own and module.scope is not None and context.method_name != "setup":
+            found[_path(module)] = type(module), numbers_of(module)
+        return result
+
+    return nn.intercept_methods(note)
+
+
+def _path(module: nn.Module) -> str:
+    return "" if module.scope is None else "/".join(map(str, module.scope.path))
 
 
 def group_settings(

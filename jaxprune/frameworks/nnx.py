@@ -20,6 +20,7 @@ from jaxprune.frameworks.nnx_resize import (
     name_groups,
     resize,
 )
+from jaxprune.frameworks.stated import numbers_of
 
 Path = tuple[Any, ...]
 
@@ -117,6 +118,17 @@ class NnxHandle:
         if self.apply is not None:
             return self.apply(model, *inputs)
         return model(*inputs, **call_flags(type(model)))
+
+    def numbers(
+        self, variables: Any, *inputs: Any
+    ) -> dict[str, tuple[type, dict[str, int]]]:
+        """The whole numbers that the user's modules state, by path."""
+        del variables, inputs
+        return {
+            "/".join(map(str, path)): (type(module), numbers_of(module))
+            for path, module in nnx.iter_modules(self.model)
+            if not type(module).__module__.startswith("flax.")
+        }
 
     def settings(
         self, notes: Any, masks: Mapping[tuple[str, int], np.ndarray]

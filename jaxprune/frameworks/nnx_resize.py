@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxprune.frameworks.stated import state
+
 Settings = tuple[tuple[str, str, int], ...]
 Sizes = dict[str, Any]
 Counted = Mapping[str, int]
@@ -26,7 +28,7 @@ def resize(model: nnx.Module, settings: Sequence[Sequence[Any]] = ()) -> None:
 
     Args:
       model: an object of ours, not the user's.
-      settings: as `group_settings` returns them.
+      settings: as `group_settings` returns them, and numbers that modules state.
     """
     counts: dict[str, dict[str, int]] = {}
     for path, name, value in settings:
@@ -38,6 +40,9 @@ def resize(model: nnx.Module, settings: Sequence[Sequence[Any]] = ()) -> None:
             if isinstance(module, kind):
                 for name, value in rule(module, counted).items():
                     setattr(module, name, value)
+        if not isinstance(module, nnx.GroupNorm | nnx.Conv):
+            for name, value in counted.items():
+                state(module, name, value, setattr)
         follow = getattr(module, "follow_arrays", None)
         if callable(follow):
             follow()

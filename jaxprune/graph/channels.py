@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune.errors import GraphError
 from jaxprune.graph.atoms import Atoms, Classes
 from jaxprune.graph.interpret import Record, Value
 from jaxprune.graph.rules.contraction import product_dims
@@ -180,6 +181,39 @@ def build(
     free = {place: extended[table] for place, table in needs.items()}
     free = {place: table for place, table in free.items() if (table >= 0).any()}
     return Channels(tuple(groups), unit_of, free)
+
+
+def tie(
+    atoms: Atoms, classes: Classes, channels: Channels, tied: Sequence[Sequence[str]]
+) -> None:
+    """Unites groups channel by channel, in place, before the atoms are solved anew.
+
+    Raises:
+      GraphError: there is no group of that name, or they differ in size.
+    """
+    groups = {group.name: group for group in channels.groups}
+    for names in tied:
+        missing = [name for name in names if name not in groups]
+        if missing:
+            raise GraphError(
+                f"tied= names no group {missing[0]!r}; the graph has {list(groups)[:12]}"
+            )
+        sizes = {name: groups[name].size for name in names}
+        if len(set(sizes.values())) > 1:
+            raise GraphError(
+                f"tied= expects groups of one size, found {sizes}; only those can keep "
+                "the same channels"
+            )
+        nodes = [_nodes(classes, channels, groups[name]) for name in names]
+        for other in nodes[1:]:
+            atoms.unite(nodes[0], other, "tied")
+
+
+def _nodes(classes: Classes, channels: Channels, group: Group) -> np.ndarray:
+    """A node of each channel of the group, int array (C,)."""
+    label, first = np.unique(classes.label, return_index=True)
+    node = dict(zip(channels.unit_of[label].tolist(), first.tolist(), strict=True))
+    return np.array([node[unit] for unit in group.units.tolist()], np.int64)
 
 
 def _entries(number: int, needs: np.ndarray) -> np.ndarray:

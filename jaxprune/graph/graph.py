@@ -51,10 +51,12 @@ class ChannelGraph:
       leaves: node vectors of the variables, by name.
       results: what the walk knew of each output, flat.
       outputs: as given to `trace`, the outputs that keep their shapes.
-      ignore, replay: as given to `trace`.
+      ignore, replay, tied: as given to `trace`.
       notes: what the handle noted while it was traced.
       unnamed: the channel axis of noted layers that hold no array, by path.
       aligned: what the static check found last, by channel mask.
+      helped: which changes of stated numbers got a slim program further.
+      followed: the numbers that got the program of the last plan furthest.
     """
 
     groups: tuple[Group, ...]
@@ -72,9 +74,12 @@ class ChannelGraph:
     outputs: Outputs = None
     ignore: tuple[str, ...] = ()
     replay: bool = False
+    tied: tuple[tuple[str, ...], ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
     unnamed: Mapping[str, np.ndarray] = field(default_factory=dict)
     aligned: dict[bytes, Any] = field(default_factory=dict)
+    helped: dict[Any, bool] = field(default_factory=dict)
+    followed: dict[tuple[str, str], int] = field(default_factory=dict)
     _kept: dict[bytes, np.ndarray] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -82,6 +87,12 @@ class ChannelGraph:
     def wiring(self) -> Wiring:
         """Who makes and who reads each array of the program."""
         return Wiring.of(self.closed, list(self.leaves))
+
+    @cached_property
+    def numbers(self) -> Mapping[str, tuple[type, Mapping[str, int]]]:
+        """{path of a module: (class, {attribute: number})} of the numbers it states."""
+        structs = jax.tree.map(_struct, self.variables)
+        return self.handle.numbers(structs, *self.inputs)
 
     # Groups and plans ---------------------------------------------------------
 
@@ -199,6 +210,7 @@ class ChannelGraph:
             ignore=self.ignore,
             outputs=self.outputs,
             replay=self.replay,
+            tied=self.tied,
         )
         sizes = [{g.name: g.size for g in graph.groups} for graph in (self, found)]
         if sizes[0] != sizes[1]:
@@ -275,6 +287,7 @@ def build(
     strict: bool = False,
     outputs: Outputs = None,
     replay: bool = False,
+    tied: Sequence[Sequence[str]] = (),
 ) -> ChannelGraph:
     """The channel graph of `handle(variables, *inputs)`, traced without running it.
 
@@ -288,6 +301,8 @@ def build(
         picks them from what the model returns; all of them by default.
       replay: let what only a replay can shrink shrink too: positions and constants
         that vary along a channel axis, unequal parts of a cut.
+      tied: sets of groups, by name, that are made one: their first channels stay or go
+        together, their second ones, and so on.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     structs = jax.tree.map(_struct, (variables, tuple(inputs)))
@@ -340,6 +355,10 @@ def build(
             unnamed.update({} if axis is None else {path: axis})
     classes = atoms.solve()
     channels = channels_lib.build(classes, values, *roles)
+    if tied:
+        channels_lib.tie(atoms, classes, channels, tied)
+        classes = atoms.solve()
+        channels = channels_lib.build(classes, values, *roles)
     return ChannelGraph(
         groups=channels.groups,
         frozen=frozen_axes(atoms, classes, values, channels),
@@ -356,6 +375,7 @@ def build(
         outputs=outputs,
         ignore=ignore,
         replay=replay,
+        tied=tuple(map(tuple, tied)),
         notes=notes,
         unnamed=unnamed,
     )

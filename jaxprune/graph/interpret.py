@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,9 +247,19 @@ def axis_in_scope(records: Iterable[Record], path: str) -> Axis:
 
 def source_line(eqn: jex.JaxprEqn) -> str:
     """ "file.py:12 (function)" of the user's frame that made the equation, or ""."""
+    for frame in _user_frames(eqn):
+        name = os.path.basename(frame.file_name)
+        return f"{name}:{frame.line_num} ({frame.function_name})"
+    return ""
+
+
+def source_places(eqn: jex.JaxprEqn) -> list[tuple[str, int]]:
+    """(file, line) of the user's frames that made the equation, innermost first."""
+    return [(frame.file_name, frame.line_num) for frame in _user_frames(eqn)]
+
+
+def _user_frames(eqn: jex.JaxprEqn) -> Iterator[Any]:
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in traceback.frames if traceback else ():
-        name = frame.file_name
-        if is_user_file(name):
-            return f"{os.path.basename(name)}:{frame.line_num} ({frame.function_name})"
-    return ""
+        if is_user_file(frame.file_name):
+            yield frame

@@ -1,0 +1,183 @@
+"""A slim program held against the original's, equation by equation."""
+
+# JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.extend import core as jex
+
+from jaxprune.equations import check_constant, check_operands, check_params
+from jaxprune.errors import EmissionError
+from jaxprune.graph import ChannelGraph, Site
+from jaxprune.graph.evaluate import sub_jaxprs
+
+# By site, the values of an equation's literals; None for its other operands.
+Literals = dict[Site, list[Any]]
+
+
+class Difference(EmissionError):
+    """The first difference between the two programs.
+
+    Attributes:
+      site: the call site of the original at which it shows.
+    """
+
+    def __init__(self, message: str, site: Site) -> None:
+        super().__init__(message)
+        self.site = site
+
+
+def same_program(
+    graph: ChannelGraph, mask: np.ndarray, slim: jex.ClosedJaxpr, *, ended: bool = True
+) -> Literals:
+    """The numbers of a slim program that is the original's, only smaller.
+
+    Args:
+      mask: bool array (units,), the channels kept.
+      ended: False for the beginning of a program whose source then raised.
+
+    Raises:
+      Difference: it is another program.
+    """
+    literals: Literals = {}
+    _align(graph, mask, graph.closed, slim, (), literals, ended)
+    return literals
+
+
+def _align(
+    graph: ChannelGraph,
+    mask: np.ndarray,
+    full: jex.ClosedJaxpr,
+    slim: jex.ClosedJaxpr,
+    site: Site,
+    literals: Literals,
+    ended: bool = True,
+) -> None:
+    wires = dict(zip(full.jaxpr.invars, slim.jaxpr.invars, strict=True))
+    held = dict(zip(full.jaxpr.constvars, full.consts, strict=True))
+    constants = zip(full.jaxpr.constvars, slim.jaxpr.constvars, strict=False)
+    found = dict(zip(slim.jaxpr.constvars, slim.consts, strict=True))
+    alike = {a: (b, held[a], found[b]) for a, b in constants}
+    equations = full.jaxpr.eqns, slim.jaxpr.eqns
+    for number, (eqn, other) in enumerate(zip(*equations, strict=False)):
+        here = (*site, number)
+        with _located(here):
+            _same_operation(eqn, other, here)
+            for atom in eqn.invars:
+                if not isinstance(atom, jex.Literal) and atom in alike:
+                    var, *values = alike.pop(atom)
+                    check_constant(*values)
+                    wires[atom] = var
+            record = graph.records[here]
+            check_operands(wires, eqn.invars, other.invars, record.name, here)
+            if here not in graph.wiring.dead:
+                _check_results(graph, mask, record, other, here)
+                check_params(eqn, other, here)
+                _check_starts(graph, mask, record, other, here)
+                _check_positions(graph, mask, record, here)
+        literals[here] = [
+            atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
+        ]
+        wires.update(zip(eqn.outvars, other.outvars, strict=True))
+        inner = list(zip(sub_jaxprs(eqn), sub_jaxprs(other), strict=True))
+        for branch, (a, b) in enumerate(inner):
+            single = len(inner) == 1 and record.name != "cond"
+            _align(graph, mask, a, b, here if single else (*here, branch), literals)
+    if not ended:
+        return
+    last = min(map(len, equations))
+    with _located((*site, last)):
+        a, b = (eqns[last] if last < len(eqns) else None for eqns in equations)
+        _same_operation(a, b, (*site, last))
+        for var, *values in alike.values():  # handed on as they are
+            check_constant(*values)
+        wires.update({a: var for a, (var, *_) in alike.items()})
+        check_operands(wires, full.jaxpr.outvars, slim.jaxpr.outvars, "result", site)
+
+
+@contextlib.contextmanager
+def _located(site: Site) -> Iterator[None]:
+    try:
+        yield
+    except Difference:
+        raise
+    except EmissionError as error:
+        raise Difference(str(error), site) from error
+
+
+def _same_operation(eqn: Any, other: Any, here: Site) -> None:
+    names = [e.primitive.name if e is not None else "nothing" for e in (eqn, other)]
+    if names[0] != names[1]:
+        raise EmissionError(
+            "the slim model runs other operations than the original: at equation "
+            f"{here} expected {names[0]}, found {names[1]}; a branch in its source "
+            "depends on a size that changed (an einsum of three arrays or more picks "
+            "its order by their sizes). Keep that group whole"
+        )
+
+
+def _check_results(graph, mask, record, other, here: Site) -> None:
+    """Every result has the shape that is left of it."""
+    for value, var, found in zip(
+        record.outputs, record.eqn.outvars, other.outvars, strict=True
+    ):
+        expected = kept_shape(graph, mask, value.axes, var.aval.shape)
+        if expected != tuple(found.aval.shape):
+            raise EmissionError(
+                f"a size did not follow at {record.name} {here}: expected shape "
+                f"{expected}, found {tuple(found.aval.shape)}"
+            )
+
+
+def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:
+    """The shape that is left under a channel mask."""
+    return tuple(
+        size if axis is None else int(axis_mask(graph, mask, axis).sum())
+        for axis, size in zip(axes, shape, strict=True)
+    )
+
+
+def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """bool array (n,): which indices of a node vector are kept."""
+    return graph.kept_nodes(mask)[axis]
+
+
+def _check_starts(graph, mask, record, other, here) -> None:
+    if record.name != "slice":
+        return
+    source, params = record.inputs[0].axes, record.eqn.params
+    starts = params["start_indices"]
+    for axis, start, found, stride in zip(
+        source,
+        starts,
+        other.params["start_indices"],
+        params["strides"] or (1,) * len(starts),
+        strict=True,
+    ):
+        kept = start
+        if axis is not None and stride == 1:  # else: the first of every pair
+            kept = axis_mask(graph, mask, axis)[:start].sum()
+        if int(kept) != found:
+            raise EmissionError(
+                f"a slice did not follow at {here}: expected start {int(kept)}, found "
+                f"{found}"
+            )
+
+
+def _check_positions(graph, mask, record, here) -> None:
+    """Positions that the source counts anew would not be those of the kept channels."""
+    if record.name != "iota":
+        return
+    axis = record.outputs[0].axes[record.eqn.params["dimension"]]
+    if axis is not None and not axis_mask(graph, mask, axis).all():
+        raise EmissionError(
+            f"positions along a channel axis (iota {here}) are counted anew by the slim "
+            "model: the angles of the channels that are left would change. Keep that "
+            "group whole, or shrink with replay=True"
+        )

@@ -1,0 +1,363 @@
+"""The search for the numbers that modules state and that must follow a plan.
+
+A source that reshapes to (batch, n, self.num_heads, self.head_dim) fails, or computes
+something else, where its arrays are smaller. The slim program is then traced again with
+one such attribute of the modules that run there changed in the proportion in which a
+size shrank. A change is kept if the program now agrees with the original's further on;
+in the end the whole of it must, which is the proof: the search itself proves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxprune.alignment import Difference, Literals, axis_mask, kept_shape
+from jaxprune.graph import ChannelGraph, Site
+from jaxprune.graph.interpret import is_user_file, source_places
+
+# (path of a module, name of the attribute) -> number.
+Numbers = Mapping[tuple[str, str], int]
+# (path of a module, name of the attribute, number): rows of a handle's settings.
+Rows = tuple[tuple[str, str, int], ...]
+# (full, left) sizes of axes that shrink, in the order in which they are met.
+Pairs = dict[tuple[int, int], None]
+# A place in a source: (file, line).
+Place = tuple[str, int]
+
+# Programs traced to get past one difference, and for one plan.
+_TRIES, _TRIES_IN_ALL = 40, 400
+# Equations after the difference whose sizes are looked at: of `x.reshape(...) + 1` none
+# is bound if the reshape raises.
+_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A slim program traced with some numbers changed.
+
+    Attributes:
+      literals: of the program, if it is the original's.
+      error: how it differs, if it is not.
+      places: of the user's frames at the difference, innermost first.
+    """
+
+    literals: Literals | None = None
+    error: Difference | None = None
+    places: tuple[Place, ...] = ()
+
+
+Try = Callable[[Rows], Attempt]
+
+
+def search(
+    graph: ChannelGraph, mask: np.ndarray, attempt: Try
+) -> tuple[Rows, Literals]:
+    """The numbers with which the slim program is the original's, and its literals.
+
+    Args:
+      mask: bool array (units,), the channels kept.
+      attempt: traces and compares the slim program with numbers changed.
+
+    Raises:
+      Difference: no numbers were found.
+    """
+    numbers, now = {}, attempt(())
+    if now.error is not None and graph.followed:  # by the plan before this one
+        other = attempt(rows(graph.followed))
+        if _further(other, now, {_spot(now)}):
+            numbers, now = dict(graph.followed), other
+    tries, seen = 0, set()
+    while now.error is not None:
+        spot = _spot(now)
+        seen.add(spot)
+        pairs, idle = _sizes(graph, mask, now.error.site), set()
+        changes = _changes(graph, now, numbers, pairs, idle)
+        for changed in itertools.islice(changes, _TRIES):
+            tries += 1
+            found = attempt(rows(changed))
+            better = _further(found, now, seen)
+            graph.helped[_key(now, changed, numbers, pairs)] = better
+            if better and tries < _TRIES_IN_ALL:
+                now, numbers = found, changed
+                break
+            if _spot(found) == spot and str(found.error) == str(now.error):
+                idle.update(_differing(changed, numbers))
+        else:
+            graph.followed = dict(numbers)
+            raise now.error
+    needed = {key: n for key, n in numbers.items() if _shrinks(graph, mask, key[0])}
+    if len(needed) < len(numbers):
+        other = attempt(rows(needed))
+        if other.error is None:
+            numbers, now = needed, other
+    graph.followed = dict(numbers)
+    assert now.literals is not None
+    return rows(numbers), now.literals
+
+
+def _shrinks(graph: ChannelGraph, mask: np.ndarray, path: str) -> bool:
+    """True if an array of the module, or below it, loses channels."""
+    inside = f"{path}/" if path else ""
+    return any(
+        name.removeprefix("params/").startswith(inside)
+        and not all(
+            axis_mask(graph, mask, a).all() for a in value.axes if a is not None
+        )
+        for name, value in graph.leaves.items()
+    )
+
+
+def raised_at(error: Exception) -> tuple[Place, ...]:
+    """Where in the user's source it was raised: the frames, innermost first."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(f.filename, f.lineno or 0) for f in reversed(frames)]
+    return tuple(place for place in places if is_user_file(place[0]))
+
+
+def rows(numbers: Numbers) -> Rows:
+    """As a handle's settings."""
+    return tuple((*key, number) for key, number in numbers.items())
+
+
+def _further(found: Attempt, now: Attempt, seen: set[Any]) -> bool:
+    if found.error is None or now.error is None:
+        return True
+    if found.error.site != now.error.site:
+        return found.error.site > now.error.site
+    # What raises below one equation, in the body of a loop, shows no more than where.
+    return bool(found.places) and _spot(found) not in seen
+
+
+def _spot(attempt: Attempt) -> Any:
+    assert attempt.error is not None
+    return attempt.error.site, attempt.places[:1]
+
+
+def _differing(a: Numbers, b: Numbers) -> set[tuple[str, str]]:
+    return {key for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def _key(now: Attempt, changed: Numbers, numbers: Numbers, pairs: Pairs) -> Any:
+    assert now.error is not None
+    touched = {path for path, _ in _differing(changed, numbers)}
+    held = frozenset(item for item in changed.items() if item[0][0] in touched)
+    return now.error.site, tuple(pairs), held
+
+
+# What is tried ------------------------------------------------------------------------
+
+Change = dict[tuple[str, str], int]
+
+
+def _changes(
+    graph: ChannelGraph,
+    now: Attempt,
+    numbers: Numbers,
+    pairs: Pairs,
+    idle: set[tuple[str, str]],
+) -> Iterator[Numbers]:
+    """Numbers to try, the likely ones first; none that failed here before.
+
+    Args:
+      idle: numbers that were found to change nothing here, as they are found.
+    """
+    known: list[Numbers] = [numbers]
+
+    def new(change: Change, wide: bool) -> Iterator[Numbers]:
+        changed = {**numbers, **(_alike(graph, change) if wide else change)}
+        changed = {
+            (path, name): number
+            for (path, name), number in changed.items()
+            if graph.numbers[path][1][name] != number
+        }
+        key = _key(now, changed, numbers, pairs)
+        if changed not in known and graph.helped.get(key, True):
+            known.append(changed)
+            yield changed
+
+    near = _near(graph, now)
+    for path in near:  # the module may have followed others of its class
+        yield from new(_as_stated(graph, numbers, path), wide=False)
+    single = [
+        c for path, names in near.items() for c in _single(graph, path, names, pairs)
+    ]
+    for wide in (True, False):
+        for change in single:
+            if not idle & change.keys():
+                yield from new(change, wide)
+    for wide in (True, False):
+        for a, b in itertools.combinations(single, 2):
+            (one,), (two,) = a, b
+            if one != two and one[0] == two[0] and not idle & {one, two}:
+                yield from new({**a, **b}, wide)
+
+
+def _as_stated(graph: ChannelGraph, numbers: Numbers, path: str) -> Change:
+    stated = graph.numbers[path][1]
+    return {key: stated[key[1]] for key in numbers if key[0] == path}
+
+
+def _single(
+    graph: ChannelGraph, path: str, names: list[str], pairs: Pairs
+) -> list[Change]:
+    """Changes of one number of a module: those that equal a size that shrinks, then
+    those in proportion to one."""
+    stated = graph.numbers[path][1]
+    exact, scaled = [], []
+    for name in names:
+        value = stated[name]
+        for new in _values(value, pairs):
+            (exact if (value, new) in pairs else scaled).append({(path, name): new})
+    return exact + scaled
+
+
+def _alike(graph: ChannelGraph, change: Change) -> Change:
+    """The same change in all modules of the class that state the same number."""
+    found = dict(change)
+    for (path, name), new in change.items():
+        kind, stated = graph.numbers[path]
+        for other, (other_kind, others) in graph.numbers.items():
+            if other_kind is kind and others.get(name) == stated[name]:
+                found[other, name] = new
+    return found
+
+
+def _values(value: int, pairs: Pairs) -> list[int]:
+    """What a number may become where sizes shrink from `full` to `left`."""
+    new = (value * left // full for full, left in pairs if not value * left % full)
+    return list(dict.fromkeys([*(n for n in new if n > 0), value]))
+
+
+def _sizes(graph: ChannelGraph, mask: np.ndarray, site: Site) -> Pairs:
+    """(full, left) of the axes that shrink in the equations at the site."""
+    found: Pairs = {}
+    ahead = {(*site[:-1], site[-1] + k) for k in range(_AHEAD + 1)} if site else set()
+    for where, record in graph.records.items():
+        if where[: len(site)] not in ahead:
+            continue
+        atoms = [*record.eqn.outvars, *record.eqn.invars]
+        for atom, value in zip(atoms, [*record.outputs, *record.inputs], strict=True):
+            full = tuple(atom.aval.shape)
+            left = kept_shape(graph, mask, value.axes, full)
+            for pair in zip(full, left, strict=True):
+                if pair[0] != pair[1]:
+                    found[pair] = None
+    return found
+
+
+# Where --------------------------------------------------------------------------------
+
+
+def _near(graph: ChannelGraph, now: Attempt) -> dict[str, list[str]]:
+    """Of each class that runs at the difference, innermost first: the module that is
+    the likeliest, by path, and the names of the numbers that are read there."""
+    assert now.error is not None
+    places = now.places
+    record = graph.records.get(now.error.site)
+    if not places and record is not None:
+        places = tuple(source_places(record.eqn))
+    arrays = arrays_at(graph, now.error.site)
+    kinds: dict[type, list[str]] = {}
+    for path, (kind, _) in graph.numbers.items():
+        kinds.setdefault(kind, []).append(path)
+    found: list[tuple[int, str, list[str]]] = []
+    for kind, paths in kinds.items():
+        depth, read = names_read(kind, places)
+        path = max(paths, key=lambda path: _shared(path, arrays))
+        names = [n for n in graph.numbers[path][1] if _last(n) in read]
+        if names:
+            found.append((depth, path, names))
+    return {path: names for _, path, names in sorted(found)}
+
+
+def _last(name: str) -> str:
+    """The attribute by which a number is read: "widths.2" is an entry of `widths`."""
+    return next(part for part in reversed(name.split(".")) if not part.isdigit())
+
+
+def arrays_at(graph: ChannelGraph, site: Site) -> list[str]:
+    """Names of the arrays whose channels are used at the site."""
+    record = graph.records.get(site)
+    if record is None:
+        return []
+    label = graph.classes.label
+    nodes = [a for v in (*record.inputs, *record.outputs) for a in v.axes]
+    used = np.unique(np.concatenate([label[a] for a in nodes if a is not None] or [[]]))
+    return [
+        name
+        for name, value in graph.leaves.items()
+        if any(np.isin(label[a], used).any() for a in value.axes if a is not None)
+    ]
+
+
+def _shared(path: str, names: list[str]) -> int:
+    """How many parts a module's path has in common with one of the arrays'."""
+    parts = path.split("/")
+    most = 0
+    for name in names:
+        held = name.removeprefix("params/").split("/")
+        alike = (a == b for a, b in zip(parts, held, strict=False))
+        most = max(most, sum(itertools.takewhile(bool, alike)))
+    return most
+
+
+def names_read(kind: type, places: tuple[Place, ...]) -> tuple[int, frozenset[str]]:
+    """(how far out, names) of what the methods of a class read at places of its source.
+
+    How far out is the number of the first place that lies in one of its methods. The
+    names are those in these methods, and in the properties and methods they use.
+    """
+    codes = _codes(kind)
+    first, found = len(places), set()
+    for number, (file, line) in enumerate(places):
+        for start, end, name, where, _ in codes:
+            if where == file and start <= line <= end:
+                first = min(first, number)
+                found.add(name)
+    names: set[str] = set()
+    while found:
+        method = found.pop()
+        new = {n for _, _, name, _, read in codes if name == method for n in read}
+        found |= {name for _, _, name, _, _ in codes if name in new - names}
+        names |= new
+    return first, frozenset(names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _codes(kind: type) -> tuple[tuple[int, int, str, str, frozenset[str]], ...]:
+    """(first line, last, name, file, names that it reads) of each method and property of
+    a class and of the user's it derives from."""
+    found = []
+    for base in kind.__mro__:
+        for name, held in vars(base).items():
+            held = getattr(held, "fget", None) or getattr(held, "__func__", held)
+            code = getattr(inspect.unwrap(held), "__code__", None)
+            if isinstance(code, types.CodeType) and is_user_file(code.co_filename):
+                lines = [
+                    line for c in _nested(code) for *_, line in c.co_lines() if line
+                ]
+                names = frozenset(name for c in _nested(code) for name in _names(c))
+                start = code.co_firstlineno
+                found.append((start, max(lines), name, code.co_filename, names))
+    return tuple(found)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Attributes, and keys of mappings."""
+    return [*code.co_names, *(key for key in code.co_consts if isinstance(key, str))]
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _nested(constant)
