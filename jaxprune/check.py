@@ -14,8 +14,7 @@ that flipped, is found before anyone runs the model.
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jaxprune.alignment import Difference, axis_mask, kept_shape, same_program
-from jaxprune.attributes import Attempt, Rows, arrays_at, raised_at, search
+from jaxprune.alignment import Difference, kept_shape, same_program
+from jaxprune.attributes import Attempt, Rows, raised_at, search
 from jaxprune.conv import plain_convolutions
 from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site
@@ -71,127 +70,6 @@ def slim_handle(graph: ChannelGraph, plan: Plan, small: Any, numbers: Rows = ())
             f"{type(graph.handle.model).__name__} could not be rebuilt from the "
             f"sliced arrays: {error}"
         ) from error
-
-
-def follow(
-    graph: ChannelGraph,
-    plan: Plan,
-    check: Callable[[ChannelGraph, Plan], Any] | None = None,
-    *,
-    alike: bool = False,
-) -> tuple[Plan, dict[str, str]]:
-    """The plan without the groups that the model cannot follow, and why they stay.
-
-    Where the slim program first differs, one of the groups that meet there is given up,
-    the one without which the rest gets furthest (numbers of heads and widths that only
-    fit with others). Where none helps, bisects over the groups that lose channels, so
-    that the good ones are pruned.
-
-    Args:
-      check: raises EmissionError for a plan that cannot be followed; by default `align`.
-      alike: give up the same groups of all layers at once, where that helps.
-    """
-    check = check or align
-    changed = [n for n, kept in plan.items() if kept.size < plan.sizes[n]]
-    reasons: dict[str, str] = {}
-
-    def restricted(names: Sequence[str]) -> Plan:
-        return graph.complete({name: plan[name] for name in names})
-
-    def failure_of(names: Sequence[str]) -> EmissionError | None:
-        try:
-            check(graph, restricted(names))
-        except EmissionError as error:
-            return error
-        return None
-
-    def grow(
-        good: list[str], candidates: list[str], failure: EmissionError | None = None
-    ) -> list[str]:
-        """failure: of good and candidates together, if it is known."""
-        if not candidates:
-            return good
-        failure = failure or failure_of(good + candidates)
-        if failure is None:
-            return good + candidates
-        if len(candidates) == 1:
-            reasons[candidates[0]] = str(failure)
-            return good
-        half = len(candidates) // 2
-        more = grow(good, candidates[:half])
-        same = more == good + candidates[:half]
-        return grow(more, candidates[half:], failure if same else None)
-
-    def give_up(good: list[str], failure: EmissionError) -> list[str] | None:
-        """Groups that can be followed; None where no single one is at fault."""
-        while isinstance(failure, Difference):
-            best: tuple[Site, list[str], EmissionError] | None = None
-            for dropped in _suspects(graph, plan, failure.site, good, alike):
-                rest = [name for name in good if name not in dropped]
-                error = failure_of(rest)
-                if error is None:
-                    reasons.update(dict.fromkeys(dropped, str(failure)))
-                    return rest
-                site = error.site if isinstance(error, Difference) else ()
-                if site > (best[0] if best else failure.site):
-                    best = site, dropped, error
-            if best is None:
-                return None
-            reasons.update(dict.fromkeys(best[1], str(failure)))
-            good = [name for name in good if name not in best[1]]
-            failure = best[2]
-        return None
-
-    failure = failure_of(changed)
-    if failure is None:
-        return restricted(changed), reasons
-    good = give_up(changed, failure)
-    if good is None:
-        reasons.clear()
-        good = grow([], changed, failure)
-    return restricted(good), reasons
-
-
-def _suspects(
-    graph: ChannelGraph, plan: Plan, site: Site, names: Sequence[str], alike: bool
-) -> list[list[str]]:
-    """Sets of groups to give up: those whose channels are used at the site; where there
-    is none, those that lie in the same modules. alike: of all layers."""
-    found = _groups_at(graph, plan, site, names)
-    if not found:
-        modules = {_module(name) for name in arrays_at(graph, site)}
-        paths = {g.name: {_module(s.path) for s in g.slots} for g in graph.groups}
-        found = [name for name in names if modules & paths[name]]
-    if not alike:
-        return [[name] for name in found]
-    sizes = {g.name: g.size for g in graph.groups}
-
-    def kind(name: str) -> tuple[str, int]:
-        return re.sub(r"\d+", "#", name), sizes[name]
-
-    sets = [[other for other in names if kind(other) == kind(name)] for name in found]
-    return [*sets, *([name] for name in found)]
-
-
-def _module(path: str) -> str:
-    """The module that a layer's array lies in: two steps up."""
-    return "/".join(path.removeprefix("params/").split("/")[:-2])
-
-
-def _groups_at(
-    graph: ChannelGraph, plan: Plan, site: Site, names: Sequence[str]
-) -> list[str]:
-    """Which of the groups lose channels of arrays that are used at the site."""
-    record = graph.records.get(site)
-    if record is None:
-        return []
-    axes = [a for v in (*record.inputs, *record.outputs) for a in v.axes]
-
-    def meets(name: str) -> bool:
-        mask = graph.unit_mask(graph.complete({name: plan[name]}))
-        return any(a is not None and not axis_mask(graph, mask, a).all() for a in axes)
-
-    return [name for name in names if meets(name)]
 
 
 def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:

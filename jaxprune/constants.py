@@ -117,6 +117,7 @@ class _Walk:
                     arrays[o] if isinstance(o, int) else o[0] for o in step.operands
                 ]
                 arrays.update(zip(step.results, bind(step.eqn, given), strict=True))
+                self._block_what_ends_here(record)  # the norm of a kernel's rows
                 continue
             found = self._step(flat, step, record, arrays, known)
             if found is not None:
@@ -347,9 +348,15 @@ def _vector(array: np.ndarray, axis: int, rank: int, size: int) -> np.ndarray | 
 
 
 # Windows and reductions over places that leave a constant what it is.
+_LAYOUTS = frozenset(("reshape", "transpose", "squeeze", "broadcast_in_dim"))
 _SAME = frozenset(
     ("reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min")
 )
+
+
+def _spread(params: Mapping[str, Any]) -> bool:
+    """True for windows over an array with holes between its entries."""
+    return any(d != 1 for d in params.get("base_dilation") or ())
 
 
 def _moved(step: Step, record: Record, known: Mapping[int, Known]) -> Known | None:
@@ -369,10 +376,11 @@ def _moved(step: Step, record: Record, known: Mapping[int, Known]) -> Known | No
             sizes = [shape[d] for d in params["axes"]]
         else:
             sizes = list(params["window_dimensions"])
-            if any(low or high for low, high in params["padding"]):
-                factor = np.nan  # borders see fewer: only zero stays what it is
+            padded = any(low or high for low, high in params["padding"])
+            if padded or _spread(params):
+                factor = np.nan  # some see fewer: only zero stays what it is
         factor = factor * float(np.prod(sizes))
-    elif name not in (*_SAME, "reshape", "transpose", "squeeze", "broadcast_in_dim"):
+    elif name not in (*_SAME, *_LAYOUTS) or _spread(params):
         return None
     if name.startswith("reduce_") and one.axis in params.get("axes", ()):
         return None

@@ -23,8 +23,9 @@ import jax
 import numpy as np
 
 from jaxprune import cost
-from jaxprune.check import align, follow, slim_handle
+from jaxprune.check import align, slim_handle
 from jaxprune.conv import plain_convolutions
+from jaxprune.following import follow
 from jaxprune.graph import ChannelGraph, Record
 from jaxprune.graph.counts import Counter, Ledger, Terms, contraction_dims
 from jaxprune.graph.evaluate import bind, sub_jaxprs

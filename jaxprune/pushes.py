@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.graph import Record, Site
 from jaxprune.graph.wiring import OPAQUE, Key, Wiring, shape_of
@@ -39,11 +41,20 @@ def _takes_factors(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize > 1
 
 
+def _fills(eqn: Any) -> bool:
+    """True for a gather that fills in a number that a factor would change."""
+    mode, value = (eqn.params.get(name) for name in ("mode", "fill_value"))
+    fills = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    return fills and value is not None and not (value == 0 or np.isnan(value))
+
+
 @dataclass(eq=False)
 class Push:
     """Moves a factor from an array to the variables that it is linear in.
 
     Attributes:
+      is_parameter: which variables take factors: statistics that training computes
+        anew would lose them.
       script: which operand to begin with at the first choices; 0 at later ones.
       choices: (operand begun with, operands) of the choices met.
       off: arrays that lack the factor and stay so; what is made of one lacks it once
@@ -52,6 +63,7 @@ class Push:
 
     wiring: Wiring
     records: Mapping[Site, Record]
+    is_parameter: Callable[[str], bool]
     script: Sequence[int] = ()
     choices: list[tuple[int, int]] = field(default_factory=list)
     edges: set[tuple[Site, int, Any]] = field(default_factory=set)
@@ -69,16 +81,21 @@ class Push:
                 return True
             if overlap(other, region):
                 return False
-        if key in self.wiring.leaf and not _takes_factors(key[1].aval.dtype):
+        if key in self.off:
+            return False
+        path = self.wiring.leaf.get(key)
+        if path is not None and not (
+            self.is_parameter(path) and _takes_factors(key[1].aval.dtype)
+        ):
             return False
         before = self._state()
         self.parts.setdefault(key, []).append(region)
-        if key in self.wiring.leaf:
-            self.leaves.append((self.wiring.leaf[key], region))
+        if path is not None:
+            self.leaves.append((path, region))
             return True
         maker = self.wiring.maker.get(key)
         whole = maker and self.off.isdisjoint(self.wiring.operands(maker[0]))
-        if maker and whole and key not in self.off and self._through(*maker, region):
+        if maker and whole and self._through(*maker, region):
             return True
         self._restore(before)
         return False
@@ -208,7 +225,7 @@ class Push:
             options = [(place, parts[place]) for place in (1, 0)]
             return self._either(site, [o for o in options if o[1] is not NOWHERE])
         if name in ("gather", "dynamic_slice") and region is None:
-            return self._push(site, 0, None)
+            return not _fills(eqn) and self._push(site, 0, None)
         if name == "max":  # relu(c x) = c relu(x)
             zero = [self._is_zero(site, p) for p in (0, 1)]
             return any(zero) and self._push(site, int(zero[0]), region)

@@ -14,7 +14,7 @@ multiplied with next may take it. Where nothing can, the static check refuses th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,7 +64,8 @@ def fold_constants(
     Args:
       literals: of the slim program, from `check.align`.
     """
-    wiring, records = graph.wiring, graph.records
+    wiring = graph.wiring
+    context = wiring, graph.records, graph.handle.is_parameter
     known = scalars(wiring, literals, bind)
     factors: list[Factor] = []
     found: list[_Number] = []
@@ -80,11 +81,11 @@ def fold_constants(
     left = [
         number
         for number in _numbers(wiring, literals, known)
-        if not settled([number], _pushed(wiring, records, [number]))
-        and not settled([number], _passed_on(wiring, records, number.result))
+        if not settled([number], _pushed(*context, [number]))
+        and not settled([number], _passed_on(*context, number.result))
     ]
-    for numbers in _sharing(wiring, records, left):
-        settled(numbers, _pushed(wiring, records, numbers))
+    for numbers in _sharing(*context, left):
+        settled(numbers, _pushed(*context, numbers))
     done = {number.edge[0] for number in found}
 
     def serves(site: Site) -> bool:
@@ -137,13 +138,16 @@ def _numbers(
 
 
 def _sharing(
-    wiring: Wiring, records: Mapping[Site, Record], numbers: Sequence[_Number]
+    wiring: Wiring,
+    records: Mapping[Site, Record],
+    is_parameter: Callable[[str], bool],
+    numbers: Sequence[_Number],
 ) -> list[list[_Number]]:
     """Numbers of one factor that would scale the same variables, by twos and more: the
     uses of a layer that is called several times."""
     found: list[tuple[set[str], list[_Number]]] = []
     for number in numbers:
-        push = Push(wiring, records)
+        push = Push(wiring, records, is_parameter)
         if not push.into(number.array, None):
             continue
         paths, members = {path for path, _ in push.leaves}, [number]
@@ -187,8 +191,11 @@ def _differs(old: Any, new: Any) -> bool:
     """True for two numbers that are not equal."""
     if np.ndim(old) or np.ndim(new):
         return False
-    number = np.asarray(old).dtype.kind in "iufc" and not np.imag(old) + np.imag(new)
-    return number and bool(np.asarray(old) != new)
+    numbers = [np.asarray(value) for value in (old, new)]
+    if not all(jnp.issubdtype(number.dtype, jnp.number) for number in numbers):
+        return False
+    a, b = (complex(number) for number in numbers)  # bfloat16, too
+    return a.imag == b.imag == 0 and a != b
 
 
 def _constant(eqn, keys, place, site, literals, known):
@@ -199,7 +206,7 @@ def _constant(eqn, keys, place, site, literals, known):
     old, new = atom.val, literals[site][place]
     if not _differs(old, new):
         return None
-    return float(np.real(old)), float(np.real(new)), frozenset([site])
+    return complex(old).real, complex(new).real, frozenset([site])
 
 
 # Ways of pushing one factor that are tried: one for each choice between the operands of
@@ -210,14 +217,17 @@ _TRIES = 64
 def _pushed(
     wiring: Wiring,
     records: Mapping[Site, Record],
+    is_parameter: Callable[[str], bool],
     numbers: Sequence[_Number],
 ) -> Push | None:
     """A push for all of the numbers, which have one factor, that nothing else reads, or
     None: all choices are tried in turn."""
     script: list[int] = []
     for _ in range(_TRIES):
-        push = Push(wiring, records, script)
+        push = Push(wiring, records, is_parameter, script)
         push.edges.update((*number.edge, mark(None)) for number in numbers)
+        if len(numbers) > 1:  # what one of them scales is not scaled for another
+            push.off.update(number.result for number in numbers)
         reached = all(push.into(number.array, None) for number in numbers)
         if reached and push.closed():
             return push
@@ -231,7 +241,12 @@ def _pushed(
     return None
 
 
-def _passed_on(wiring: Wiring, records: Mapping[Site, Record], key: Key) -> Push | None:
+def _passed_on(
+    wiring: Wiring,
+    records: Mapping[Site, Record],
+    is_parameter: Callable[[str], bool],
+    key: Key,
+) -> Push | None:
     """A push into whatever the array is multiplied with next, or None."""
-    push = Push(wiring, records)
+    push = Push(wiring, records, is_parameter)
     return push if push.onward(key) and push.closed() else None

@@ -9,12 +9,12 @@ from typing import Any
 from jaxprune.check import (
     align,
     doubtful_divisors,
-    follow,
     means_of_the_source,
     slim_handle,
     slim_settings,
 )
 from jaxprune.collection import uncollected
+from jaxprune.following import follow
 from jaxprune.frameworks.replay import check_replay
 from jaxprune.frameworks.replay import replay as replayed
 from jaxprune.graph import ChannelGraph

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from jaxprune.check import follow
+from jaxprune.following import follow, kind_of
 from jaxprune.graph import ChannelGraph, build
-from jaxprune.records import Plan
+from jaxprune.records import Group, Plan
 
 
 def settled(graph: ChannelGraph) -> tuple[ChannelGraph, dict[str, str]]:
@@ -58,9 +60,20 @@ def _halves(graph: ChannelGraph) -> Plan:
 
 
 def _dependent(graph: ChannelGraph, stuck: dict[str, str]) -> dict[str, str]:
-    """Groups that cannot shrink where the others keep other numbers of channels."""
+    """Groups that cannot shrink where the others keep other numbers of channels.
+
+    Layers alike keep as many, but for the last of them: so the search for the numbers
+    that follow is one for all layers.
+    """
     groups = [group for group in graph.groups if group.name not in stuck]
-    counts = {g.name: 1 + k % (g.size - 1) for k, g in enumerate(groups)}
+    kinds: dict[Any, list[Group]] = {}
+    for group in groups:
+        kinds.setdefault(kind_of(graph, group.name), []).append(group)
+    counts = {}
+    for number, alike in enumerate(kinds.values()):
+        for group in alike:
+            another = group is alike[-1] and len(alike) > 1
+            counts[group.name] = 1 + (number + another) % (group.size - 1)
     plan = graph.complete({name: np.arange(count) for name, count in counts.items()})
     _, left = follow(graph, plan, alike=True)
     return left

@@ -150,6 +150,53 @@ def test_what_is_not_exact_is_left_alone():
     assert _changed(normed, variables, plan, x) == []
 
 
+class _Weighted(nn.Module):
+    """A kernel that is computed from weights, norms over its inputs included."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.gelu(nn.Dense(8, name="a")(x))
+        if self.kind == "weight_norm":
+            h = nn.WeightNorm(nn.Dense(6))(h)
+        elif self.kind == "spectral_norm":
+            h = nn.SpectralNorm(nn.Dense(6))(h, update_stats=False)
+        else:
+            w = self.param("w", nn.initializers.normal(1.0), (h.shape[-1], 6))
+            h = h @ (w - w.mean(0)) + self.param("b", nn.initializers.zeros, 6)
+        return nn.Dense(3)(jnp.tanh(h))
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "standardised"])
+def test_a_kernel_whose_norm_reads_the_channel_is_left_alone(kind):
+    model, x = _Weighted(kind), jax.random.normal(jax.random.key(1), (2, 6, 5))
+    variables = _silence(_variables(model, x), {"params/a/kernel": [2]})
+    variables["params"]["a"]["bias"] = jnp.full(8, 0.7)
+    plan = _plan(jp.trace(model, variables, x), "params/a/kernel", [2])
+    assert _changed(model, variables, plan, x) == []
+
+
+@pytest.mark.parametrize("reduce", [jax.lax.add, jax.lax.max])
+def test_windows_over_holes_pass_no_constant_on(reduce):
+    """Of two entries of a window one is a hole."""
+    start = 0.0 if reduce is jax.lax.add else -jnp.inf
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(8, name="a")(x)
+            h = jax.lax.reduce_window(
+                h, start, reduce, (1, 2, 1), (1, 1, 1), "VALID", base_dilation=(1, 2, 1)
+            )
+            return nn.Dense(3)(nn.Dense(6)(h))
+
+    model, x = Net(), jax.random.normal(jax.random.key(1), (2, 6, 5))
+    variables = _silence(_variables(model, x), {"params/a/kernel": [2]})
+    plan = _plan(jp.trace(model, variables, x), "params/a/kernel", [2])
+    assert _changed(model, variables, plan, x) == []
+
+
 def test_all_readers_or_none():
     """The second reader has no bias: a channel that both read stays owed."""
     model, x = _Mlp(shared=True), jax.random.normal(jax.random.key(1), (2, 5, 6))

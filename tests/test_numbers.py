@@ -116,6 +116,12 @@ def scaled_twice(x):
 
 
 @case(FOLDED)
+def filled_in_with_zeros(x):
+    h = dense(x, "q").at[:, jnp.array([0, 2, 9])].get(mode="fill", fill_value=0.0)
+    return dense(jnp.sin(h / np.sqrt(h.shape[-1])), "o", 3)
+
+
+@case(FOLDED)
 def scaled_before_two_products(x):
     h = nn.gelu(dense(x, "q"))
     h = h * h.shape[-1] ** -0.5
@@ -193,6 +199,36 @@ def scaled_before_scores_of_its_own(x):
     h = nn.gelu(dense(x, "q"))
     h = h * h.shape[-1] ** -0.5
     return jnp.einsum("btd,bsd->bts", h, dense(h, "w")) @ x
+
+
+@case(WHOLE)
+def once_behind_the_other_in_a_layer_used_twice(x):
+    """The kernel would have to take it twice for one use, and the uses go together."""
+    layer, memory = nn.Dense(12, name="q"), nn.Dense(12, name="m")
+
+    def encoded(x):
+        q = layer(x) * layer(x).shape[-1] ** -0.25
+        q = q * q.shape[-1] ** -0.25
+        scores = q @ jnp.tanh(memory(x)).swapaxes(1, 2)
+        return nn.softmax(scores * q.shape[-1] ** -0.25) @ x
+
+    return dense(encoded(x) + encoded(x[::-1]), "o", 3)
+
+
+@case(WHOLE)
+def filled_in_beside_it(x):
+    h = dense(x, "q").at[:, jnp.array([0, 2, 9])].get(mode="fill", fill_value=1.0)
+    return dense(jnp.sin(h / np.sqrt(h.shape[-1])), "o", 3)
+
+
+@case(WHOLE)
+def behind_statistics_of_the_batch(x):
+    """Running statistics that took the factor would lose it in training."""
+    q, k = (
+        nn.BatchNorm(True, use_scale=False, use_bias=False, name=f"{n}_bn")(dense(x, n))
+        for n in "qk"
+    )
+    return attend(q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]), x)
 
 
 @case(WHOLE)

@@ -141,6 +141,26 @@ def test_norms_keep_the_constants_of_what_is_left():
     assert set(WIDTHS) <= set(PATTERNS)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_kernels_of_few_bits_take_the_factor(dtype):
+    def attend(p, x):
+        q, k = x @ p["q"], x @ p["k"]
+        return (
+            nn.softmax(q @ k.swapaxes(1, 2) / jnp.sqrt(q.shape[-1]).astype(dtype)) @ x
+        )
+
+    x = jax.random.normal(jax.random.key(1), (2, 4, 5)).astype(dtype)
+    params = {
+        n: jax.random.normal(jax.random.key(2), (5, 12)).astype(dtype) for n in "qk"
+    }
+    graph = jp.trace(attend, params, x)
+    slim = jp.shrink(graph, {graph.groups[0].name: np.arange(3)})
+    assert slim.report["left_whole"] == {}
+    assert slim.report["rescaled"] == {"k": pytest.approx(0.5, rel=0.01)}
+    assert slim.variables["k"].dtype == dtype
+    assert jp.verify(graph, slim.plan, x) < 0.03
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_quantised_kernels_take_no_factor(dtype, scaled):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
@@ -178,6 +179,7 @@ def scalars(
             or site not in literals
             or len(avals) != 1
             or shape_of(avals[0])
+            or jnp.issubdtype(avals[0].dtype, jax.dtypes.extended)
         ):
             continue
         pairs: list[tuple[Any, Any]] = []
@@ -194,12 +196,15 @@ def scalars(
             continue
         dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
         old, new = (
-            np.asarray(bind(eqn, [jnp.asarray(p[k], d) for p, d in zip(pairs, dtypes)]))
+            bind(eqn, [jnp.asarray(p[k], d) for p, d in zip(pairs, dtypes)])[0]
             for k in (0, 1)
         )
-        if not (np.imag(old).any() or np.imag(new).any()):
-            numbers = float(np.real(old)[0]), float(np.real(new)[0])
-            found[site[:-1], eqn.outvars[0]] = (*numbers, frozenset(sites))
+        if jnp.issubdtype(old.dtype, jnp.complexfloating):
+            if old.imag or new.imag:
+                continue
+            old, new = old.real, new.real
+        numbers = float(old), float(new)
+        found[site[:-1], eqn.outvars[0]] = (*numbers, frozenset(sites))
     return found
 
 

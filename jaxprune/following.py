@@ -1,0 +1,147 @@
+"""What of a plan a model can follow: the groups that stay whole, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxprune.alignment import Difference, axis_mask
+from jaxprune.attributes import arrays_at
+from jaxprune.check import align
+from jaxprune.errors import EmissionError
+from jaxprune.graph import ChannelGraph, Site
+from jaxprune.records import Plan
+
+# Raises EmissionError for a plan that cannot be followed.
+Check = Callable[[ChannelGraph, Plan], Any]
+
+
+def follow(
+    graph: ChannelGraph, plan: Plan, check: Check | None = None, *, alike: bool = False
+) -> tuple[Plan, dict[str, str]]:
+    """The plan without the groups that the model cannot follow, and why they stay.
+
+    Where the slim program first differs, one of the groups that meet there is given up,
+    the one without which the rest gets furthest: heads and widths that only fit with
+    others. Where that leads nowhere, bisects over the groups that lose channels.
+
+    Args:
+      check: by default `align`.
+      alike: give up the same groups of all layers at once.
+    """
+    trial = _Trial(graph, plan, check or align)
+    changed = [n for n, kept in plan.items() if kept.size < plan.sizes[n]]
+    failure = trial.failure_of(changed)
+    if failure is None:
+        return trial.restricted(changed), {}
+    good = trial.give_up(changed, failure, alike)
+    if good is None:
+        trial.reasons.clear()
+        good = trial.grow([], changed, failure)
+    return trial.restricted(good), trial.reasons
+
+
+def kind_of(graph: ChannelGraph, name: str) -> tuple[str, int]:
+    """What the groups of a name in all layers of a network have in common."""
+    return re.sub(r"\d+", "#", name), graph.group(name).size
+
+
+class _Trial:
+    """A plan, of which subsets of the groups are tried; the reasons of those given up."""
+
+    def __init__(self, graph: ChannelGraph, plan: Plan, check: Check):
+        self.graph, self.plan, self.check = graph, plan, check
+        self.reasons: dict[str, str] = {}
+
+    def restricted(self, names: Sequence[str]) -> Plan:
+        """The plan for these groups; the others are whole."""
+        return self.graph.complete({name: self.plan[name] for name in names})
+
+    def failure_of(self, names: Sequence[str]) -> EmissionError | None:
+        try:
+            self.check(self.graph, self.restricted(names))
+        except EmissionError as error:
+            return error
+        return None
+
+    def give_up(
+        self, good: list[str], failure: EmissionError | None, alike: bool
+    ) -> list[str] | None:
+        """The groups but for single ones at fault; None where none is found to be."""
+        kinds: set[Any] = set()  # given up in one layer: goes in the others too
+        doubtful: list[list[str]] = []
+        while isinstance(failure, Difference):
+            best: tuple[Site, list[str], EmissionError | None] | None = None
+            for name in self._suspects(failure.site, good):
+                kind, dropped = kind_of(self.graph, name), [name]
+                if alike or kind in kinds:
+                    dropped = [n for n in good if kind_of(self.graph, n) == kind]
+                error = self.failure_of([n for n in good if n not in dropped])
+                site = error.site if isinstance(error, Difference) else ()
+                if error is None or best is None or site > best[0]:
+                    best = site, dropped, error
+                if error is None:
+                    break
+            if best is None or (best[2] is not None and best[0] < failure.site):
+                return None
+            site, dropped, error = best
+            self.reasons.update(dict.fromkeys(dropped, str(failure)))
+            if error is not None and site == failure.site:
+                doubtful.append(dropped)
+            kinds.add(kind_of(self.graph, dropped[0]))
+            good, failure = [n for n in good if n not in dropped], error
+        if failure is not None:
+            return None
+        for names in doubtful:  # perhaps another one was at fault
+            if self.failure_of([*good, *names]) is None:
+                good = [*good, *names]
+                for name in names:
+                    del self.reasons[name]
+        return good
+
+    def grow(
+        self,
+        good: list[str],
+        candidates: list[str],
+        failure: EmissionError | None = None,
+    ) -> list[str]:
+        """`good` and those of the candidates that can be followed with them.
+
+        failure: of all of them together, if it is known.
+        """
+        if not candidates:
+            return good
+        failure = failure or self.failure_of(good + candidates)
+        if failure is None:
+            return good + candidates
+        if len(candidates) == 1:
+            self.reasons[candidates[0]] = str(failure)
+            return good
+        half = len(candidates) // 2
+        more = self.grow(good, candidates[:half])
+        same = more == good + candidates[:half]
+        return self.grow(more, candidates[half:], failure if same else None)
+
+    def _suspects(self, site: Site, names: Sequence[str]) -> list[str]:
+        """Groups whose channels are used at the site; where there is none, those that
+        lie in the same modules."""
+        record = self.graph.records.get(site)
+        values = () if record is None else (*record.inputs, *record.outputs)
+        axes = [axis for value in values for axis in value.axes if axis is not None]
+
+        def meets(name: str) -> bool:
+            mask = self.graph.unit_mask(self.restricted([name]))
+            return any(not axis_mask(self.graph, mask, axis).all() for axis in axes)
+
+        found = [name for name in names if meets(name)]
+        if found:
+            return found
+        modules = {_module(path) for path in arrays_at(self.graph, site)}
+        paths = {g.name: {_module(s.path) for s in g.slots} for g in self.graph.groups}
+        return [name for name in names if modules & paths[name]]
+
+
+def _module(path: str) -> str:
+    """The module that a layer's array lies in: two steps up."""
+    return "/".join(path.removeprefix("params/").split("/")[:-2])
