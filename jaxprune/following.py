@@ -72,22 +72,24 @@ class _Trial:
         kinds: set[Any] = set()  # given up in one layer: goes in the others too
         doubtful: list[list[str]] = []
         while isinstance(failure, Difference):
-            best: tuple[Site, list[str], EmissionError | None] | None = None
+            best: tuple[Any, list[str], EmissionError | None] = ((), [], failure)
             for name in self._suspects(failure.site, good):
                 kind, dropped = kind_of(self.graph, name), [name]
                 if alike or kind in kinds:
                     dropped = [n for n in good if kind_of(self.graph, n) == kind]
-                error = self.failure_of([n for n in good if n not in dropped])
+                rest = [n for n in good if n not in dropped]
+                error = self.failure_of(rest)
                 site = error.site if isinstance(error, Difference) else ()
-                if error is None or best is None or site > best[0]:
-                    best = site, dropped, error
-                if error is None:
-                    break
-            if best is None or (best[2] is not None and best[0] < failure.site):
+                # Of those that get equally far, the one without which most can go.
+                left = self.graph.params(self.restricted(rest))
+                rank = error is None, site, -left
+                if not best[1] or rank > best[0]:
+                    best = rank, dropped, error
+            rank, dropped, error = best
+            if not dropped or (error is not None and rank[1] < failure.site):
                 return None
-            site, dropped, error = best
             self.reasons.update(dict.fromkeys(dropped, str(failure)))
-            if error is not None and site == failure.site:
+            if error is not None and rank[1] == failure.site:
                 doubtful.append(dropped)
             kinds.add(kind_of(self.graph, dropped[0]))
             good, failure = [n for n in good if n not in dropped], error
