@@ -32,9 +32,12 @@ def shrink(
 ) -> Slim:
     """The smaller model: same architecture, sliced arrays of every collection.
 
-    The static check (`jaxprune.check`) runs on the plan. Groups that the model cannot
-    follow, because its source states a width, are left whole; `slim.plan` is what was
-    done, and `slim.report["left_whole"]` says why. Constants that follow a size, such
+    The static check (`jaxprune.check`) runs on the plan. Numbers that the user's modules
+    state as attributes, heads and widths, are made to follow (`jaxprune.attributes`;
+    `slim.report["settings"]`: path of the module, attribute, number). Groups that the
+    model cannot follow, because its source writes a width into its code or states one
+    number for several, are left whole; `slim.plan` is what was done, and
+    `slim.report["left_whole"]` says why. Constants that follow a size, such
     as 1/sqrt(d) of attention, are made up for in the kernels (`jaxprune.rescale`;
     `slim.report["rescaled"]`), so that the slim model equals the masked original;
     groups whose constants nothing can make up for are left whole. The terms of a mean

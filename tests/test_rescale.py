@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from patterns import PATTERNS
 from test_patterns import make
 
@@ -120,6 +121,44 @@ def test_factors_reach_stacked_kernels():
         rtol=1e-6,
     )
     assert jp.verify(graph, plan, x) < 1e-5
+
+
+class _Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.q, self.k, self.v = (nnx.Linear(5, n, rngs=rngs) for n in (12, 12, 5))
+
+    def __call__(self, x):
+        q, k = self.q(x), self.k(x)
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+        return x + nnx.softmax(scores) @ self.v(x)
+
+
+class _ScannedNnx(nnx.Module):
+    """Rematerialised rounds give every Variable back, though nobody reads them."""
+
+    def __init__(self, remat, rngs):
+        self.remat = remat
+        self.layers = nnx.vmap(_Attention, in_axes=0, out_axes=0)(rngs)
+
+    def __call__(self, x):
+        step = nnx.remat(_round) if self.remat else _round
+        loop = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return loop(x, self.layers)
+
+
+def _round(x, layer):
+    return layer(x)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_factors_reach_stacked_kernels_of_nnx(remat):
+    x = jax.random.normal(jax.random.key(1), (2, 4, 5))
+    stacked = nnx.split_rngs(splits=3)(_ScannedNnx)(remat, rngs=nnx.Rngs(0))
+    graph = jp.trace(stacked, x)
+    slim = jp.shrink(graph, {g.name: np.arange(3) for g in graph.groups})
+    assert slim.report["left_whole"] == {}
+    assert slim.report["rescaled"]["layers/k/kernel"] == pytest.approx(0.5)
+    assert jp.verify(graph, slim.plan, x) < 1e-5
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -121,6 +121,8 @@ class Wiring:
                 self.readers[key].append((OPAQUE, 0))
 
     def _walk(self, jaxpr: Any, site: Site) -> None:
+        atoms = [*(a for eqn in jaxpr.eqns for a in eqn.invars), *jaxpr.outvars]
+        used = {atom for atom in atoms if not isinstance(atom, jex.Literal)}
         for number, eqn in enumerate(jaxpr.eqns):
             here, name = (*site, number), eqn.primitive.name
             self.equations[here] = eqn
@@ -143,7 +145,14 @@ class Wiring:
                 body = eqn.params["jaxpr"].jaxpr
                 self._opaque(site, eqn.invars[consts:first])
                 self._enter(body, here, site, steady)
-                self._opaque(here, body.outvars)
+                # NNX hands every Variable back out of a loop, whoever reads it.
+                ends = zip(body.outvars, eqn.outvars, strict=True)
+                kept = [
+                    inner
+                    for k, (inner, outer) in enumerate(ends)
+                    if k < carries or outer in used
+                ]
+                self._opaque(here, kept)
             else:
                 for place, atom in enumerate(eqn.invars):
                     key = self.key(site, atom)
