@@ -22,8 +22,6 @@ def settled(graph: ChannelGraph) -> tuple[ChannelGraph, dict[str, str]]:
       The graph, and {group: why it cannot shrink}.
     """
     _, stuck = follow(graph, _halves(graph))
-    if not graph.followed:  # no number had to follow: every group shrinks on its own
-        return graph, stuck
     dependent = _dependent(graph, stuck)
     sets: dict[tuple[str, int], list[str]] = {}
     sizes = {group.name: group.size for group in graph.groups}
@@ -41,7 +39,11 @@ def settled(graph: ChannelGraph) -> tuple[ChannelGraph, dict[str, str]]:
         tied=[*graph.tied, *tied],
     )
     _, stuck = follow(graph, _halves(graph))
-    return graph, {**stuck, **_dependent(graph, stuck)}
+    stuck = {**stuck, **_dependent(graph, stuck)}
+    for names in graph.tied:
+        why = next((stuck[name] for name in names if name in stuck), None)
+        stuck.update(dict.fromkeys(names, why) if why else {})
+    return graph, stuck
 
 
 def untied(graph: ChannelGraph, tied: ChannelGraph, plan: Plan) -> Plan:

@@ -237,6 +237,27 @@ def test_where_three_sizes_do_not_fit_one_group_is_given_up():
     assert jp.verify(graph, slim.plan, X) < 1e-5
 
 
+def test_prune_leaves_alone_what_only_fits_one_plan():
+    """Halves of all fit; other shares of width and input do not, and no number says so."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = WidthOfTheInput()(x)
+            return nn.Dense(3)(nn.gelu(nn.Dense(24, name="mlp")(x)))
+
+    model = Net()
+    variables = model.init(jax.random.key(1), X)
+    labels = jax.random.randint(jax.random.key(2), X.shape[:2], 0, 3)
+    slim = jp.prune(
+        model, variables, [(X, labels)], loss_fn=_loss, method="l1", params=0.95
+    )
+    assert slim.report["achieved"]["params"] <= 0.95
+    names = ("Dense_0", "Dense_1", "Dense_1.1")
+    assert set(slim.report["left_whole"]) == {f"WidthOfTheInput_0/{n}" for n in names}
+    assert slim.plan["mlp"].size < 24
+
+
 class Widths(NamedTuple):
     hidden: list
     channels: int
