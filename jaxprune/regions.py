@@ -88,6 +88,10 @@ def moved(eqn, result: int, old: Any, new: Any, region: Region) -> Region:
         inside = slice(starts[cut[0]], starts[cut[0]] + new[cut[0]])
         mask[inside] = True if region is None else region[1]
         return cut[0] - rank, mask
+    if name == "unstack":
+        along = params["axis"]
+        mask = np.arange(old[along]) == result
+        return (along - rank, mask) if region is None else NOWHERE
     if name not in (
         "reshape",
         "transpose",

@@ -118,6 +118,16 @@ OPERATIONS = {
         C // 2,
     ),
     "halves": (lambda x: _half(x, 0) * jnp.tanh(_half(x, 1)), C // 2),
+    "unpacked_halves": (
+        lambda x: jnp.multiply(*jnp.moveaxis(x.reshape(*x.shape[:2], 2, -1), 2, 0)),
+        C // 2,
+    ),
+    "unpacked_positions": (
+        lambda x: jnp.stack([jnp.tanh(row) for row in x.swapaxes(0, 1)], 1),
+        C,
+    ),
+    "unpacked_channels": (lambda x: sum(jnp.moveaxis(x, -1, 0))[..., None] + x, 0),
+    "put_on_a_device": (lambda x: jax.device_put(x) + jnp.log2(1 + x * x), C),
     "swapped_halves": (
         lambda x: jnp.concatenate([-_half(x, 1), _half(x, 0)], -1),
         C // 2,

@@ -14,8 +14,8 @@ ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
 ceil clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div
 eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow
-is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not
-optimization_barrier or polygamma pow population_count real reduce_precision
+is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul ne neg nextafter not
+one_minus_square optimization_barrier or polygamma pow population_count real reduce_precision
 regularized_incomplete_beta rem round rsqrt select_n shift_left
 shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
 tan tanh xor zeta pvary mul_add sharding_constraint layout_constraint name reshard

@@ -237,6 +237,21 @@ def split(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     return results
 
 
+def unstack(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Each index of an axis by itself: as many slices of one, without that axis."""
+    along, axes = eqn.params["axis"], values[0].axes
+    size = eqn.invars[0].aval.shape[along]
+    for index in range(size):
+        cut(walk, values[0], along, size, index, index + 1, 1)
+    return [(*axes[:along], *axes[along + 1 :])] * size
+
+
+def same(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
+    """Every operand as it is."""
+    del walk, eqn
+    return [value.axes for value in values]
+
+
 def tile(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """Repeats of an axis: a product of a new uniform axis and the old one."""
     old = eqn.invars[0].aval.shape
@@ -280,6 +295,8 @@ RULES = {
     "pad": pad,
     "slice": slices,
     "split": split,
+    "unstack": unstack,
+    "device_put": same,
     "tile": tile,
     "iota": iota,
     "empty": empty,
