@@ -1,5 +1,6 @@
 """NNX objects: the user's stays as it is, and slim objects live on."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -270,3 +271,37 @@ def test_wrong_input_is_explained():
         jp.shrink(graph, graph.full_plan(), other)
     with pytest.raises(GraphError, match="needs 'head/bias'"):
         graph.handle(other, x)
+
+
+class _Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.BatchNorm(True)(nn.Dense(16)(x)))
+        h = nn.MultiHeadDotProductAttention(4, qkv_features=16)(h, h)
+        return nn.Dense(12)(nn.gelu(nn.Dense(20)(h)))
+
+
+class _Bridged(nnx.Module):
+    def __init__(self, x, rngs):
+        self.encoder = nnx.bridge.ToNNX(_Encoder(), rngs=rngs).lazy_init(x)
+        self.head = nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.encoder(x)))
+
+
+def test_a_linen_module_inside_follows(tmp_path):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    model = _Bridged(x, nnx.Rngs(0))
+    graph = jp.trace(model, x)
+    plan = {g.name: np.arange(g.size // 2) for g in graph.groups}
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {} and len(plan) == 7
+    assert jp.verify(graph, plan, x[:1]) < 1e-5
+    jp.save(tmp_path / "slim", slim)
+    loaded = jp.load(tmp_path / "slim", model)
+    np.testing.assert_array_equal(loaded.model(x), slim.model(x))
+    second = jp.trace(slim.model, x)
+    one = {g.name: [0] for g in second.groups}
+    assert jp.shrink(second, one).report["left_whole"] == {}
+    assert isinstance(model.encoder.to_nnx__module, _Encoder)  # as it was

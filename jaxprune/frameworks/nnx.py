@@ -14,6 +14,7 @@ from flax import nnx
 from jaxprune import trees
 from jaxprune.errors import GraphError
 from jaxprune.frameworks.flags import call_flags
+from jaxprune.frameworks.nnx_bridge import resize_linen
 from jaxprune.frameworks.nnx_resize import (
     Settings,
     group_settings,
@@ -141,6 +142,7 @@ class NnxHandle:
         """The handle of a new object that holds the sliced variables."""
         model = self._merge(self.graphdef, trees.flatten(variables))
         resize(model, settings)
+        resize_linen(model)
         return NnxHandle.of(model, self.apply)
 
     def _merge(self, graphdef: Any, leaves: Mapping[str, Any]) -> nnx.Module:
