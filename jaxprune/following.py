@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.records import Plan
 
+# In so many layers a group is given up by itself; after that, in all that are left.
+_LAYERS = 3
 # Raises EmissionError for a plan that cannot be followed.
 Check = Callable[[ChannelGraph, Plan], Any]
 
@@ -69,13 +72,13 @@ class _Trial:
         self, good: list[str], failure: EmissionError | None, alike: bool
     ) -> list[str] | None:
         """The groups but for single ones at fault; None where none is found to be."""
-        kinds: set[Any] = set()  # given up in one layer: goes in the others too
+        kinds: Counter[Any] = Counter()
         doubtful: list[list[str]] = []
         while isinstance(failure, Difference):
             best: tuple[Any, list[str], EmissionError | None] = ((), [], failure)
             for name in self._suspects(failure.site, good):
                 kind, dropped = kind_of(self.graph, name), [name]
-                if alike or kind in kinds:
+                if alike or kinds[kind] >= _LAYERS:
                     dropped = [n for n in good if kind_of(self.graph, n) == kind]
                 rest = [n for n in good if n not in dropped]
                 error = self.failure_of(rest)
@@ -91,7 +94,7 @@ class _Trial:
             self.reasons.update(dict.fromkeys(dropped, str(failure)))
             if error is not None and rank[1] == failure.site:
                 doubtful.append(dropped)
-            kinds.add(kind_of(self.graph, dropped[0]))
+            kinds[kind_of(self.graph, dropped[0])] += 1
             good, failure = [n for n in good if n not in dropped], error
         if failure is not None:
             return None

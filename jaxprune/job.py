@@ -109,9 +109,12 @@ def _prepare(
     model = create_model(options, num_classes=dataset.num_classes)
     x = jnp.zeros((1, *dataset.image_shape), jnp.float32)
     try:
-        shapes = jax.eval_shape(
-            functools.partial(model.init, train=False), jax.random.key(0), x
-        )
+        made, shapes = jax.make_jaxpr(
+            functools.partial(model.init, train=False), return_shape=True
+        )(jax.random.key(0), x)
+        arrays = [var.aval for eqn in made.jaxpr.eqns for var in eqn.outvars]
+        if any(0 in getattr(array, "shape", ()) for array in arrays):
+            raise ValueError("a pooling leaves nothing of so small an image")
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"model={options.model!r} does not take images of {dataset.image_shape}: "
