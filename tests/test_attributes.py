@@ -175,6 +175,8 @@ def test_one_number_for_two_widths_follows_only_where_they_are_equal():
     for names, said in (
         ((keys, "none"), "names no group"),
         ((heads, keys), "one size"),
+        (keys, "sets of group names"),
+        (3, "sets of group names"),
     ):
         with pytest.raises(GraphError, match=said):
             jp.trace(graph.handle.model, graph.variables, X, tied=[names])

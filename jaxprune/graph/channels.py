@@ -192,7 +192,12 @@ def tie(
       GraphError: there is no group of that name, or they differ in size.
     """
     groups = {group.name: group for group in channels.groups}
-    for names in tied:
+    for names in [tied] if isinstance(tied, str) else tied:
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise GraphError(
+                "tied= expects sets of group names, [('a', 'b'), ...], found "
+                f"{names!r} among them"
+            )
         missing = [name for name in names if name not in groups]
         if missing:
             raise GraphError(
