@@ -291,6 +291,33 @@ def test_numbers_in_tuples_and_properties_follow_and_no_other_does():
     assert jp.verify(graph, plan, X) < 1e-5
 
 
+class Rows(nn.Module):
+    width: int = 8
+    folded: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        return x.reshape(-1, self.width) if self.folded else x
+
+
+class TwoKinds(nn.Module):
+    """Of two modules of one class only the first reads its number where it runs."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(2)(Rows(name="folded")(x)).reshape(*x.shape[:2], 2)
+        return y + nn.Dense(2)(nn.relu(Rows(folded=False, name="plain")(x)))
+
+
+def test_a_module_that_stays_as_it_was_keeps_its_numbers():
+    graph, _ = _traced(TwoKinds())
+    (group,) = (g for g in graph.groups if "folded" in g.name)
+    slim = jp.shrink(graph, {group.name: [0, 3, 5]})
+    assert slim.report["left_whole"] == {}
+    assert slim.report["settings"] == (("folded", "width", 3),)
+
+
 def test_a_size_that_nothing_states_is_left_whole_after_few_traces(monkeypatch):
     class Literal(nn.Module):
         other: int = 8

@@ -122,6 +122,14 @@ OPERATIONS = {
         lambda x: jnp.multiply(*jnp.moveaxis(x.reshape(*x.shape[:2], 2, -1), 2, 0)),
         C // 2,
     ),
+    "unstacked_halves": (
+        lambda x: jnp.multiply(*jnp.unstack(x.reshape(*x.shape[:2], 2, -1), axis=2)),
+        C // 2,
+    ),
+    "unstacked_channels": (
+        lambda x: sum(jnp.unstack(x, axis=-1))[..., None] + x,
+        0,
+    ),
     "unpacked_positions": (
         lambda x: jnp.stack([jnp.tanh(row) for row in x.swapaxes(0, 1)], 1),
         C,
