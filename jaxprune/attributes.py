@@ -339,7 +339,8 @@ def _codes(kind: type) -> tuple[tuple[int, int, str, str, frozenset[str]], ...]:
     found = []
     for base in kind.__mro__:
         for name, held in vars(base).items():
-            held = getattr(held, "fget", None) or getattr(held, "__func__", held)
+            for inner in ("fget", "__func__", "func"):  # (cached) properties, methods
+                held = getattr(held, inner, held)
             code = getattr(inspect.unwrap(held), "__code__", None)
             if isinstance(code, types.CodeType) and is_user_file(code.co_filename):
                 lines = [

@@ -1,6 +1,7 @@
 """Numbers that modules state follow the plan: heads and widths of others' attention."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -271,6 +272,10 @@ class Table(nn.Module):
     widths: Any = dataclasses.field(default_factory=lambda: Widths([6, 8], 2))
     seed: int = 8
 
+    @functools.cached_property
+    def first(self):
+        return self.out
+
     @property
     def out(self):
         return self.widths.hidden[1]
@@ -279,7 +284,7 @@ class Table(nn.Module):
     def __call__(self, x):
         x = nn.Dense(8, name="first")(x)
         x = x + jax.random.normal(jax.random.key(self.seed), (1,))
-        x = x.reshape(-1, self.out)
+        x = x.reshape(-1, self.first)
         return nn.Dense(self.widths.channels)(x)
 
 

@@ -87,3 +87,18 @@ def test_products_run_at_the_highest_precision():
     jp.verify(graph, plan, X)
     assert seen[-1] == "highest"
     assert getattr(jax.config, PRECISION) != "highest"
+
+
+def test_a_replay_is_proven_without_a_smaller_module():
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.Dense(6)(x).reshape(-1, 6))
+
+        def resized(self, variables):
+            raise ValueError("no module of these widths")
+
+    model, x = Own(), jnp.ones((2, 3))
+    graph = jp.trace(model, model.init(jax.random.key(0), x), x)
+    plan = {g.name: np.arange(4) for g in graph.groups}
+    assert jp.verify(graph, plan, x, replay=True) < 1e-5
