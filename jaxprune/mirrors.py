@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,16 +30,16 @@ def shrink_like(
 
     A leaf mirrors a variable if its path ends with the variable's path (with or
     without its collection; the state of an nnx.Optimizer counts too) and the shapes
-    are equal; other leaves are kept. Factored moments (`v_row`, `v_col`), which lack
-    one axis of their variable, lose what the other axes lose.
+    are equal; other leaves are kept. Factored moments (`v_row`, `v_col`) are factored
+    anew, so that their product is what it was where channels are left.
 
     Args:
       graph: the graph the plan was made for.
       plan: `slim.plan`, what was done.
       tree: any pytree: the state of any optax optimizer, a second copy of params.
       like: the shapes to arrive at, such as `optimizer.init(slim.variables["params"])`
-        or its `jax.eval_shape`. Needed for Adafactor, which factors an array, and
-        along which axes, by its size: moments are refactored where that changed.
+        or its `jax.eval_shape`. Needed for Adafactor where it factors large arrays alone:
+        those that are not large any more get their moments whole.
 
     Raises:
       GraphError: a leaf does not have the shape that `like` asks for.
@@ -60,16 +60,14 @@ def shrink_like(
         if shape == full:
             leaf = take(leaf, kept)
         elif lost is not None:
-            left = [axis for axis in range(len(full)) if axis != lost]
-            axes = {left.index(axis): kept[axis] for axis in kept if axis != lost}
-            leaf = take(leaf, axes)
+            leaf = _factored(path, leaves, full, kept, lost) if kept else leaf
         result[path] = leaf
     for path, target in targets.items():
         shape, found = np.shape(target), _shape_of(result.get(path))
         if found != shape:
             variable = _variable(path, names)
             full = traced[variable].shape if variable else ()
-            dense = _dense(path, result, leaves, full, keep.get(variable or "", {}))
+            dense = _dense(path, leaves, full, keep.get(variable or "", {}))
             result[path] = _refactor(path, dense, shape, found)
     return trees.unflatten_like(tree, result)
 
@@ -92,40 +90,69 @@ def _field(path: str) -> str | None:
     return next((part for part in path.split("/") if part in fields), None)
 
 
+def _missing_axis(path: str, shape: Sequence[int]) -> int:
+    """The axis that the factored moment of such an array lacks: optax drops the largest
+    for the rows, the second largest for the columns."""
+    return int(np.argsort(shape)[-1 if _field(path) == _ROWS else -2])
+
+
 def _factored_axis(path: str, shape: tuple[int, ...], full: tuple[int, ...]):
-    """The axis that a factored moment lacks: optax drops the largest for the rows,
-    the second largest for the columns."""
-    field = _field(path)
-    if len(full) < 2 or field not in (_ROWS, _COLUMNS):
+    """The axis that a leaf lacks if it is a factored moment; None if it is not."""
+    if len(full) < 2 or _field(path) not in (_ROWS, _COLUMNS):
         return None
-    order = np.argsort(full)
-    axis = int(order[-1] if field == _ROWS else order[-2])
+    axis = _missing_axis(path, full)
     return axis if shape == tuple(np.delete(full, axis)) else None
+
+
+def _factored(
+    path: str,
+    leaves: Mapping[str, Any],
+    full: tuple[int, ...],
+    kept: Mapping[int, np.ndarray],
+    lost: int,
+) -> Any:
+    """A factored moment of what is left: rows times columns is what it was there.
+
+    Which axis it lacks follows the sizes: another may be the largest now.
+    """
+    now = [len(kept[a]) if a in kept else n for a, n in enumerate(full)]
+    missing = _missing_axis(path, now)
+    if isinstance(leaves[path], jax.ShapeDtypeStruct):
+        shape = tuple(np.delete(now, missing))
+        return jax.ShapeDtypeStruct(shape, leaves[path].dtype)
+    dense = _dense(path, leaves, full, kept)
+    if dense is None:  # its other factor is not in the tree
+        left = [axis for axis in range(len(full)) if axis != lost]
+        axes = {left.index(axis): kept[axis] for axis in kept if axis != lost}
+        return take(leaves[path], axes)
+    return dense.mean(missing)
 
 
 def _dense(
     path: str,
-    small: Mapping[str, Any],
     leaves: Mapping[str, Any],
     full: tuple[int, ...],
     kept: Mapping[int, np.ndarray],
 ) -> jax.Array | None:
-    """The second moments as one array, from rows times columns over their mean."""
+    """The second moments that are left as one array: rows times columns over the mean
+    of all rows, as optax multiplies them."""
     field = _field(path)
     if field is None or len(full) < 2:
         return None
     names = [path.replace(f"{field}/", f"{other}/", 1) for other in (_ROWS, _COLUMNS)]
     order = np.argsort(full)
     first, second = int(order[-1]), int(order[-2])
-    if _shape_of(leaves.get(names[0])) != tuple(np.delete(full, first)):
+    found = [_shape_of(leaves.get(name)) for name in names]
+    if found != [tuple(np.delete(full, gone)) for gone in (first, second)]:
         return None
+    mean = leaves[names[0]].mean(second - (second > first), keepdims=True)
     lefts = [[a for a in range(len(full)) if a != gone] for gone in (first, second)]
     rows, columns = (
         take(leaves[name], {left.index(a): kept[a] for a in kept if a in left})
         for name, left in zip(names, lefts, strict=True)
     )
     rows, columns = jnp.expand_dims(rows, first), jnp.expand_dims(columns, second)
-    return rows * columns / jnp.maximum(rows.mean(second, keepdims=True), 1e-30)
+    return rows * columns / jnp.maximum(jnp.expand_dims(mean, first), 1e-30)
 
 
 def _refactor(
@@ -136,8 +163,7 @@ def _refactor(
     if dense is not None and shape == (1,):
         return jnp.zeros(shape, dense.dtype)
     if dense is not None:
-        order = np.argsort(dense.shape)
-        axis = int(order[-1] if _field(path) == _ROWS else order[-2])
+        axis = _missing_axis(path, dense.shape)
         if shape == tuple(np.delete(dense.shape, axis)):
             return dense.mean(axis)
     raise GraphError(
