@@ -77,10 +77,10 @@ def _align(
             record = graph.records[here]
             check_operands(wires, eqn.invars, other.invars, record.name, here)
             if here not in graph.wiring.dead:
+                _check_positions(graph, mask, record, here)
                 _check_results(graph, mask, record, other, here)
                 check_params(eqn, other, here)
                 _check_starts(graph, mask, record, other, here)
-                _check_positions(graph, mask, record, here)
         literals[here] = [
             atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
         ]
@@ -171,7 +171,16 @@ def _check_starts(graph, mask, record, other, here) -> None:
 
 
 def _check_positions(graph, mask, record, here) -> None:
-    """Positions that the source counts anew would not be those of the kept channels."""
+    """Positions that the source counts anew would not be those of the kept channels,
+    and numbers of channels that it states would point at others."""
+    if record.name == "gather":
+        picked = record.eqn.params["dimension_numbers"].collapsed_slice_dims
+        axes = [record.inputs[0].axes[dim] for dim in picked]
+        if any(a is not None and not axis_mask(graph, mask, a).all() for a in axes):
+            raise EmissionError(
+                f"the source picks channels by their numbers (gather {here}), which "
+                "change. Keep that group whole, or shrink with replay=True"
+            )
     if record.name != "iota":
         return
     axis = record.outputs[0].axes[record.eqn.params["dimension"]]

@@ -170,6 +170,79 @@ def test_positions_that_are_counted_anew_are_found(monkeypatch):
         jp.verify(graph, {pairs: [1, 2]}, X)
 
 
+PERM = np.random.default_rng(3).permutation(12)
+SWAPS = np.arange(12).reshape(6, 2)[:, ::-1].ravel()
+# What of 12 channels is picked: by whom it is read, and the numbers picked.
+PICKS = {
+    "indices": (lambda x: x[:, PERM], PERM),
+    "take": (lambda x: jnp.take(x, PERM[:8], axis=1), PERM[:8]),
+    "negative and twice": (lambda x: x[:, np.array([-1, 3, 5, 3])], [11, 3, 5, 3]),
+    "counted backwards": (lambda x: x[:, jnp.arange(12)[::-1]], np.arange(12)[::-1]),
+    "turned": (lambda x: x[:, (jnp.arange(12) + 5) % 12], np.roll(np.arange(12), -5)),
+    "along": (lambda x: jnp.take_along_axis(x, jnp.asarray(PERM)[None], 1), PERM),
+    "in a loop": (
+        lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y[:, SWAPS]), x),
+        SWAPS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(PICKS))
+def test_channels_picked_by_number_under_replay(name):
+    pick, picked = PICKS[name]
+
+    def apply(params, x):
+        return pick(jnp.tanh(x @ params["in"])) @ params["out"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"in": (7, 12), "out": (len(picked), 3)}
+    params = {
+        k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
+    }
+    frozen = jp.trace(apply, params, X[0])
+    assert "indexed" in frozen.explain("in") or name == "in a loop"
+    assert not frozen.groups
+    graph = jp.trace(apply, params, X[0], replay=True)
+    rng = np.random.default_rng(1)
+    plan = {g.name: rng.permutation(g.size)[: g.size // 2] for g in graph.groups}
+    slim = jp.shrink(graph, plan)
+    assert slim.variables["in"].shape[1] <= 7
+    masked = {k: np.array(v) for k, v in params.items()}
+    for group in graph.groups:
+        gone = np.setdiff1d(np.arange(group.size), plan[group.name])
+        for slot in group.slots:
+            view = np.moveaxis(masked[slot.path], slot.axis, 0)
+            view[slot.index[gone].ravel()] = 0
+    expected = apply({k: jnp.asarray(v) for k, v in masked.items()}, X[0])
+    np.testing.assert_allclose(slim.model(slim.variables, X[0]), expected, atol=1e-5)
+    assert jp.verify(graph, plan, X[1], replay=True) < 1e-5
+    kept = jp.kept_indices(graph, plan)
+    columns, rows = kept["in"][1], np.asarray(picked)[kept["out"][0]]
+    assert set(rows) == {*columns}.intersection(picked)
+    whole = jp.shrink(graph, plan, replay=False)  # the source states the numbers
+    assert whole.variables["in"].shape[1] == 12
+    assert whole.report["left_whole"]
+
+
+def test_numbers_that_still_fit_point_at_other_channels():
+    """What is picked all stays, so that a smaller source would run: on wrong channels."""
+
+    def apply(params, x):
+        return jnp.tanh(x @ params["in"])[:, np.array([0, 5])] @ params["out"]
+
+    params = {
+        "in": jnp.ones((7, 12)).at[0].set(jnp.arange(12)),
+        "out": jnp.ones((2, 3)),
+    }
+    graph = jp.trace(apply, params, X[0], replay=True)
+    unread = next(g for g in graph.groups if g.size == 10)
+    plan = {unread.name: np.arange(4, 10)}  # without channels 1 to 4
+    slim = jp.shrink(graph, plan, replay=False)
+    assert "by their numbers" in slim.report["left_whole"][unread.name]
+    assert jp.shrink(graph, plan).variables["in"].shape == (7, 8)
+    assert jp.verify(graph, plan, X[0]) < 1e-5
+
+
 QUERY, VALUE = 4 * WIDTH, 2 * WIDTH  # four heads of queries, two of keys and values
 
 

@@ -63,6 +63,8 @@ class Replayed:
         def run(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
             record = program.records[site]
             table = record.name == "random_bits" and record.inputs[0].pure
+            if record.name == "gather":
+                operands = [operands[0], _renumbered(program, record, operands[1])]
             if record.name == "iota" or table:
                 # Of what is left; resized, positions would be counted anew, and a
                 # fixed key would draw another table.
@@ -177,6 +179,19 @@ def resized(program: Program, record: Record) -> dict[str, Any]:
     if rule is not None:
         params.update(rule(program, record, inputs, outputs))
     return params
+
+
+def _renumbered(program: Program, record: Record, indices: Any) -> Any:
+    """Indices among what is left of the axis that a gather picks channels from."""
+    numbers = record.eqn.params["dimension_numbers"]
+    for column, dim in enumerate(numbers.start_index_map):
+        axis = record.inputs[0].axes[dim]
+        one = dim in numbers.collapsed_slice_dims
+        if one and axis is not None and not program.kept(axis).all():
+            new = np.cumsum(program.kept(axis)) - 1
+            renumbered = jnp.asarray(new, indices.dtype)[indices[..., column]]
+            indices = indices.at[..., column].set(renumbered)
+    return indices
 
 
 def _iota(eqn: jex.JaxprEqn) -> np.ndarray:

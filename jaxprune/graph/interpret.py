@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.graph.atoms import Atoms, Axis
+from jaxprune.graph.integers import computed_integers, constant_integers
 
 Site = tuple[int, ...]
 
@@ -41,12 +42,14 @@ class Value:
       pure: True if it depends on the variables alone, not on the inputs.
       leaf: name of the variables leaf it is (dtype casts aside), or None.
       source: as `leaf`, but it may have been reshaped or broadcast since.
+      integers: what the array is, where it follows from constants of the program.
     """
 
     axes: tuple[Axis, ...]
     pure: bool = False
     leaf: str | None = None
     source: str | None = None
+    integers: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +155,14 @@ class Walk:
             return axes  # type: ignore[return-value]
         leaf = values[0].leaf if name in CASTS and values else None
         source = values[0].source if name in VIEWS and values else None
+        integers = computed_integers(eqn, [value.integers for value in values])
         results = []
         for var, found in zip(eqn.outvars, axes, strict=True):
             shape = var.aval.shape
             assert len(found) == len(shape), (name, found, shape)
             for axis, size in zip(found, shape, strict=True):
                 assert axis is None or axis.size == size, (name, axis.size, shape)
-            results.append(Value(tuple(found), pure, leaf, source))
+            results.append(Value(tuple(found), pure, leaf, source, integers))
         return results
 
     def pin(self, axes: Sequence[Axis], why: str) -> None:
@@ -190,8 +194,9 @@ class Walk:
         """
         if any(value is state for state in self.streams):
             return Value((None,) * len(shape))
+        integers = constant_integers(value)
         if not shape or not math.prod(shape):
-            return Value((None,) * len(shape), pure=True)
+            return Value((None,) * len(shape), pure=True, integers=integers)
         dtype = getattr(value, "dtype", None)
         key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
         if key or isinstance(value, jax.core.Tracer) or not hasattr(value, "__array__"):
@@ -202,7 +207,7 @@ class Walk:
             first = np.take(array, [0], axis)
             adopts = self.tables or (array == first).all()
             axes.append(self.fresh(size) if adopts else None)
-        return Value(tuple(axes), pure=True)
+        return Value(tuple(axes), pure=True, integers=integers)
 
 
 def live(jaxpr: jex.Jaxpr) -> list[bool]:

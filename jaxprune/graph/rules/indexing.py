@@ -20,6 +20,9 @@ def gather(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     but 0 is moved there or drops the slice, of all channels alike.
     """
     operand, indices = values
+    found = _taken(walk, eqn, operand, indices)
+    if found is not None:
+        return [found]
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape, rank = eqn.invars[0].aval.shape, len(eqn.outvars[0].aval.shape)
     shared = _shared(numbers, "start_indices_batching_dims")
@@ -37,6 +40,35 @@ def gather(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
             operand.axes[dim], indices.axes[of_index], f"indexed at {walk.where}"
         )
     return [tuple(axes)]
+
+
+def _taken(
+    walk: Walk, eqn: jex.JaxprEqn, operand: Value, indices: Value
+) -> tuple[Axis, ...] | None:
+    """Axes of a result whose channels the program picks by numbers of its own (x[:, perm]).
+
+    Only for a replay, which renumbers them. None if it picks otherwise.
+    """
+    numbers, index = eqn.params["dimension_numbers"], indices.integers
+    if not walk.tables or operand.pure or index is None or index.ndim != 2:
+        return None
+    if len(numbers.start_index_map) != 1 or _shared(
+        numbers, "start_indices_batching_dims"
+    ):
+        return None
+    (dim,), picked = numbers.start_index_map, index[:, 0]
+    axis, shape = operand.axes[dim], eqn.invars[0].aval.shape
+    if axis is None or tuple(numbers.collapsed_slice_dims) != (dim,):
+        return None
+    rest = [d for d in range(len(shape)) if d != dim]
+    whole = all(eqn.params["slice_sizes"][d] == shape[d] for d in rest)
+    if not whole or picked.min() < 0 or picked.max() >= shape[dim]:
+        return None
+    axes = [operand.axes[d] for d in rest]
+    (place,) = {*range(len(shape))}.difference(numbers.offset_dims)
+    why = f"indexed at {walk.where}"
+    axes.insert(place, walk.atoms.unite(axis[picked], indices.axes[0], why))
+    return tuple(axes)
 
 
 def _shared(numbers: Any, name: str) -> dict[int, int]:
