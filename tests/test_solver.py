@@ -37,6 +37,24 @@ def test_lasso_equals_scikit_learn(channels, samples, nonnegative):
     assert not lasso(gram, linear, 1.01 * np.abs(linear).max()).any()
 
 
+@pytest.mark.parametrize("seed", [94, 95, 96])
+def test_a_gate_that_left_may_come_back_with_the_other_sign(seed):
+    """Correlated channels, a path of many exits (seed 94: one turns round at once)."""
+    rng = np.random.default_rng(seed)
+    channels, samples = int(rng.integers(5, 40)), 200
+    inner = max(2, channels // 3)
+    x = rng.normal(size=(samples, inner)) @ rng.normal(size=(inner, channels))
+    x += 0.05 * rng.normal(size=x.shape)
+    y = x @ rng.normal(size=channels)
+    gram, linear = x.T @ x / samples, x.T @ y / samples
+    for share in 10 ** np.linspace(-0.3, -4, 40):
+        lam = share * np.abs(linear).max()
+        gates = lasso(gram, linear, lam, nonnegative=False)
+        slack, on = linear - gram @ gates, gates != 0
+        assert np.abs(slack).max() <= lam * (1 + 1e-6)
+        np.testing.assert_allclose(slack[on], lam * np.sign(gates[on]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_selection_is_a_lasso_solution_with_the_exact_count(nonnegative):
     x, y, gram, linear = problem(40, 400)

@@ -112,16 +112,20 @@ class _Path:
         self.direction = self.inverse[:k, :k] @ self.signs[:k]
         self.slope = self.direction @ self.rows[:k]
 
-    def next_entry(self, barred: int = -1, *, beyond_ties: bool = False):
-        """(step in lambda, gate, sign) of the next gate to enter; inf if none."""
+    def next_entry(self, left: tuple[int, float] = (-1, 0.0), *, beyond_ties=False):
+        """(step in lambda, gate, sign) of the next gate to enter; inf if none.
+
+        left: the gate that has just left, and the sign that it cannot take up again at
+        once; the other one it can.
+        """
         best = (np.inf, -1, 1.0)
         candidates = ~(self.active | self.barred)
-        if barred >= 0:
-            candidates[barred] = False
         for sign in (1.0,) if self.nonnegative else (1.0, -1.0):
             gap = np.maximum(self.lam - sign * self.correlation, 0.0)
             rate = 1.0 - sign * self.slope
             usable = candidates & (rate > 1e-12)
+            if sign == left[1]:
+                usable[left[0]] = False
             if beyond_ties:
                 usable &= gap > TIE * self.top * rate
             if not usable.any():
@@ -180,7 +184,7 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
 
 def _walk(path: _Path, *, lam_stop: float, count_stop: int) -> None:
     """Follows the path down to `lam_stop`, or until `count_stop` gates are active."""
-    just_left = -1
+    just_left = (-1, 0.0)
     # Each event changes one gate; far more events than gates means cycling on noise.
     for event in range(1, 20 * len(path.linear) + 100):
         step_in, gate, sign = path.next_entry(just_left)
@@ -189,9 +193,9 @@ def _walk(path: _Path, *, lam_stop: float, count_stop: int) -> None:
             path.advance(path.lam - lam_stop)
             return
         path.advance(min(step_in, step_out))
-        just_left = -1
+        just_left = (-1, 0.0)
         if step_out <= step_in:
-            just_left = int(path.order[place])
+            just_left = int(path.order[place]), float(path.signs[place])
             path.leave(place)
         elif path.enter(gate, sign) and path.count == count_stop:
             return
