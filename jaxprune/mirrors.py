@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,13 +11,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.errors import GraphError
+from jaxprune.check import align
+from jaxprune.errors import EmissionError, GraphError
 from jaxprune.graph import ChannelGraph
 from jaxprune.records import Plan
+from jaxprune.rescale import Factor, multiplier, scaled
 from jaxprune.slicing import keep_indices, take
 
 # Fields of optax's factored second moments (Adafactor): means over one axis.
 _ROWS, _COLUMNS, _WHOLE = "v_row", "v_col", "v"
+# Which power of the gradient a field of an optimiser's state holds; others are copies
+# of the variables. Where a weight is c times what it was, its gradient is 1/c.
+_GRADIENTS: dict[str, int] = {
+    **dict.fromkeys(("mu", "m", "trace", "exp_avg", "acc_grads"), 1),
+    **dict.fromkeys(("nu", "nu_max", "exp_avg_sq", "sum_of_squares"), 2),
+    **dict.fromkeys((_ROWS, _COLUMNS, _WHOLE), 2),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Mirrored:
+    """The variable that a leaf mirrors.
+
+    Attributes:
+      shape: of the variable, at full size.
+      kept: {axis: indices} of what it keeps.
+      factors: what `shrink` multiplied it with.
+      power: of them, for this leaf: 1 for a copy, -1 for a gradient.
+    """
+
+    shape: tuple[int, ...]
+    kept: Mapping[int, np.ndarray]
+    factors: Sequence[Factor]
+    power: int
+
+    def scaled(self, leaf: Any) -> Any:
+        """A leaf of the sliced shape, times the factors."""
+        if not self.factors or isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        by = multiplier(self.factors, self.kept, len(self.shape))
+        return scaled(leaf, by**self.power)
 
 
 def shrink_like(
@@ -25,13 +59,17 @@ def shrink_like(
     tree: Any,
     *,
     like: Any = None,
+    replay: bool | None = None,
 ) -> Any:
     """A tree that mirrors the variables (momentum, Adam moments, an EMA), sliced.
 
     A leaf mirrors a variable if its path ends with the variable's path (with or
     without its collection; the state of an nnx.Optimizer counts too) and the shapes
     are equal; other leaves are kept. Factored moments (`v_row`, `v_col`) are factored
-    anew, so that their product is what it was where channels are left.
+    anew, so that their product is what it was where channels are left. What `shrink`
+    multiplied kernels with, for constants that follow a size
+    (`slim.report["rescaled"]`), copies of the variables are multiplied with too; moments
+    of gradients, known by the names of optax's fields, are divided by it or its square.
 
     Args:
       graph: the graph the plan was made for.
@@ -40,44 +78,60 @@ def shrink_like(
       like: the shapes to arrive at, such as `optimizer.init(slim.variables["params"])`
         or its `jax.eval_shape`. Needed for Adafactor where it factors large arrays alone:
         those that are not large any more get their moments whole.
+      replay: as it was for `shrink`; a replay multiplies nothing.
 
     Raises:
       GraphError: a leaf does not have the shape that `like` asks for.
     """
-    keep, traced = keep_indices(graph, plan), trees.flatten(graph.variables)
-    names = {graph.handle.mirror_name(path): path for path in traced}
-    names.update({path: path for path in traced})
+    find = _finder(graph, plan, graph.replay if replay is None else replay)
     leaves, result = trees.flatten(tree), {}
     targets = trees.flatten(like) if like is not None else {}
     for path, leaf in leaves.items():
-        variable = _variable(path, names)
-        shape = _shape_of(leaf)
-        if variable is None:
-            result[path] = leaf
-            continue
-        full, kept = tuple(traced[variable].shape), keep.get(variable, {})
-        lost = _factored_axis(path, shape, full)
-        if shape == full:
-            leaf = take(leaf, kept)
-        elif lost is not None:
-            leaf = _factored(path, leaves, full, kept, lost) if kept else leaf
+        found = find(path)
+        if found is not None and _shape_of(leaf) == found.shape:
+            leaf = found.scaled(take(leaf, found.kept))
+        elif found is not None and (found.kept or found.factors):
+            leaf = _factored(path, leaves, found)
         result[path] = leaf
     for path, target in targets.items():
-        shape, found = np.shape(target), _shape_of(result.get(path))
-        if found != shape:
-            variable = _variable(path, names)
-            full = traced[variable].shape if variable else ()
-            dense = _dense(path, leaves, full, keep.get(variable or "", {}))
-            result[path] = _refactor(path, dense, shape, found)
+        shape, have = np.shape(target), _shape_of(result.get(path))
+        if have != shape:
+            found = find(path)
+            dense = None if found is None else _dense(path, leaves, found)
+            result[path] = _refactor(path, dense, shape, have)
     return trees.unflatten_like(tree, result)
 
 
-def _variable(path: str, names: Mapping[str, str]) -> str | None:
-    """The variable whose name ends the path."""
-    name = path.removesuffix("/value")  # how JAX names what an nnx.Variable holds
-    while name and name not in names:
-        name = name.partition("/")[2]
-    return names.get(name)
+def _finder(graph: ChannelGraph, plan: Plan | Mapping[str, Any], replay: bool):
+    """A function path of a leaf -> the variable that it mirrors, or None."""
+    keep, traced = keep_indices(graph, plan), trees.flatten(graph.variables)
+    factors = {} if replay or not keep else _factors(graph, plan)
+    # Where two collections have the name, an optimiser means the parameters.
+    ranked = sorted(traced, key=graph.handle.is_parameter)
+    names = {graph.handle.mirror_name(path): path for path in ranked}
+    names.update({path: path for path in traced})
+
+    def find(path: str) -> _Mirrored | None:
+        parts = path.removesuffix("/value").split("/")  # how nnx.Variables are named
+        for start in range(len(parts)):
+            variable = names.get("/".join(parts[start:]))
+            if variable is not None:
+                power = next(
+                    (-_GRADIENTS[p] for p in parts[:start] if p in _GRADIENTS), 1
+                )
+                shape = tuple(traced[variable].shape)
+                own = keep.get(variable, {}), factors.get(variable, ())
+                return _Mirrored(shape, *own, power)
+        return None
+
+    return find
+
+
+def _factors(graph: ChannelGraph, plan: Plan | Mapping[str, Any]):
+    try:
+        return align(graph, plan).folded.of_leaves
+    except EmissionError:  # the plan of a replay
+        return {}
 
 
 def _shape_of(leaf: Any) -> tuple[int, ...]:
@@ -96,63 +150,45 @@ def _missing_axis(path: str, shape: Sequence[int]) -> int:
     return int(np.argsort(shape)[-1 if _field(path) == _ROWS else -2])
 
 
-def _factored_axis(path: str, shape: tuple[int, ...], full: tuple[int, ...]):
-    """The axis that a leaf lacks if it is a factored moment; None if it is not."""
-    if len(full) < 2 or _field(path) not in (_ROWS, _COLUMNS):
-        return None
-    axis = _missing_axis(path, full)
-    return axis if shape == tuple(np.delete(full, axis)) else None
-
-
-def _factored(
-    path: str,
-    leaves: Mapping[str, Any],
-    full: tuple[int, ...],
-    kept: Mapping[int, np.ndarray],
-    lost: int,
-) -> Any:
+def _factored(path: str, leaves: Mapping[str, Any], of: _Mirrored) -> Any:
     """A factored moment of what is left: rows times columns is what it was there.
 
-    Which axis it lacks follows the sizes: another may be the largest now.
+    Which axis it lacks follows the sizes: another may be the largest now. Other leaves
+    are returned as they are.
     """
-    now = [len(kept[a]) if a in kept else n for a, n in enumerate(full)]
+    leaf, full = leaves[path], of.shape
+    if len(full) < 2 or _field(path) not in (_ROWS, _COLUMNS):
+        return leaf
+    lost = _missing_axis(path, full)
+    if _shape_of(leaf) != tuple(np.delete(full, lost)):
+        return leaf
+    now = [len(of.kept[a]) if a in of.kept else n for a, n in enumerate(full)]
     missing = _missing_axis(path, now)
-    if isinstance(leaves[path], jax.ShapeDtypeStruct):
-        shape = tuple(np.delete(now, missing))
-        return jax.ShapeDtypeStruct(shape, leaves[path].dtype)
-    dense = _dense(path, leaves, full, kept)
-    if dense is None:  # its other factor is not in the tree
-        left = [axis for axis in range(len(full)) if axis != lost]
-        axes = {left.index(axis): kept[axis] for axis in kept if axis != lost}
-        return take(leaves[path], axes)
-    return dense.mean(missing)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(tuple(np.delete(now, missing)), leaf.dtype)
+    dense = _dense(path, leaves, of)
+    return leaf if dense is None else dense.mean(missing)
 
 
-def _dense(
-    path: str,
-    leaves: Mapping[str, Any],
-    full: tuple[int, ...],
-    kept: Mapping[int, np.ndarray],
-) -> jax.Array | None:
+def _dense(path: str, leaves: Mapping[str, Any], of: _Mirrored) -> jax.Array | None:
     """The second moments that are left as one array: rows times columns over the mean
-    of all rows, as optax multiplies them."""
-    field = _field(path)
+    of all rows, as optax multiplies them. None without both of them."""
+    field, full = _field(path), of.shape
     if field is None or len(full) < 2:
         return None
     names = [path.replace(f"{field}/", f"{other}/", 1) for other in (_ROWS, _COLUMNS)]
-    order = np.argsort(full)
-    first, second = int(order[-1]), int(order[-2])
-    found = [_shape_of(leaves.get(name)) for name in names]
-    if found != [tuple(np.delete(full, gone)) for gone in (first, second)]:
+    first, second = (_missing_axis(name, full) for name in names)
+    have = [_shape_of(leaves.get(name)) for name in names]
+    if have != [tuple(np.delete(full, gone)) for gone in (first, second)]:
         return None
     mean = leaves[names[0]].mean(second - (second > first), keepdims=True)
     lefts = [[a for a in range(len(full)) if a != gone] for gone in (first, second)]
     rows, columns = (
-        take(leaves[name], {left.index(a): kept[a] for a in kept if a in left})
+        take(leaves[name], {left.index(a): of.kept[a] for a in of.kept if a in left})
         for name, left in zip(names, lefts, strict=True)
     )
     rows, columns = jnp.expand_dims(rows, first), jnp.expand_dims(columns, second)
-    return rows * columns / jnp.maximum(jnp.expand_dims(mean, first), 1e-30)
+    return of.scaled(rows * columns / jnp.maximum(jnp.expand_dims(mean, first), 1e-30))
 
 
 def _refactor(

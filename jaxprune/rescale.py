@@ -47,6 +47,14 @@ class Folded:
     sites: frozenset[Site] = frozenset()
 
     @property
+    def of_leaves(self) -> dict[str, list[Factor]]:
+        """The factors of each variable that has any."""
+        found: dict[str, list[Factor]] = {}
+        for factor in self.factors:
+            found.setdefault(factor.path, []).append(factor)
+        return found
+
+    @property
     def by_path(self) -> dict[str, float]:
         """What each variable, or the parts of it that are scaled, is multiplied with."""
         parts: dict[tuple[str, Any], float] = {}
@@ -166,25 +174,35 @@ def rescale(kept: Any, folded: Folded, variables: Any) -> Any:
 
     kept: {path: {axis: kept indices}}, from `slicing.keep_indices`.
     """
-    leaves = trees.flatten(variables)
-    changed = {}
-    for factor in folded.factors:
-        leaf = changed.get(factor.path, leaves[factor.path])
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            continue
-        by = np.asarray(factor.by, np.float64)
-        if factor.region is not None:
-            axis, mask = factor.region
-            rank = len(leaf.shape)
-            kept_here = kept.get(factor.path, {}).get(rank + axis)
-            mask = mask if kept_here is None else mask[kept_here]
-            shape = [1] * rank
-            shape[axis] = mask.size
-            by = np.where(mask, factor.by, 1.0).reshape(shape)
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        scaled = jnp.asarray(leaf, wide) * jnp.asarray(by, wide)
-        changed[factor.path] = scaled.astype(leaf.dtype)
+    leaves, changed = trees.flatten(variables), {}
+    for path, factors in folded.of_leaves.items():
+        if not isinstance(leaf := leaves[path], jax.ShapeDtypeStruct):
+            by = multiplier(factors, kept.get(path, {}), len(leaf.shape))
+            changed[path] = scaled(leaf, by)
     return trees.replace(variables, changed) if changed else variables
+
+
+def multiplier(
+    factors: Sequence[Factor], kept: Mapping[int, np.ndarray], rank: int
+) -> np.ndarray:
+    """float64, broadcastable to the sliced variable: what its factors make together."""
+    product = np.ones((1,) * rank)
+    for factor in factors:
+        if factor.region is None:
+            product = product * factor.by
+            continue
+        axis, mask = factor.region
+        mask = mask[kept[rank + axis]] if rank + axis in kept else mask
+        shape = [1] * rank
+        shape[axis] = mask.size
+        product = product * np.where(mask, factor.by, 1.0).reshape(shape)
+    return product
+
+
+def scaled(leaf: Any, by: np.ndarray) -> jax.Array:
+    """The product, rounded once to the array's own precision."""
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    return (jnp.asarray(leaf, wide) * jnp.asarray(by, wide)).astype(leaf.dtype)
 
 
 def _differs(old: Any, new: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,6 +199,99 @@ def test_moments_are_refactored_where_the_slim_array_is_factored_otherwise(least
         jp.shrink_like(
             graph, graph.full_plan(), optax.adam(1e-2).init(graph.variables), like=other
         )
+
+
+class _Attends(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.MultiHeadDotProductAttention(2, qkv_features=16, use_bias=False)(x)
+        return nn.Dense(3)(x)
+
+
+@pytest.fixture(scope="module")
+def attention():
+    """(graph, its model, variables with removed widths at zero, slim, x); the queries of
+    the slim model are multiplied with sqrt(1/2)."""
+    x = jax.random.normal(jax.random.key(0), (4, 6, 8))
+    model = _Attends()
+    variables = jax.tree.map(lambda a: 3 * a, model.init(jax.random.key(1), x))
+    graph = jp.trace(model, variables, x)
+    width = next(g for g in graph.groups if g.name.endswith("query.2"))
+    plan = {width.name: np.arange(4)}
+    masked = {p: np.array(leaf) for p, leaf in trees.flatten(variables).items()}
+    for slot in width.slots:
+        np.moveaxis(masked[slot.path], slot.axis, 0)[slot.index[4:].ravel()] = 0
+    masked = trees.replace(variables, {p: jnp.asarray(v) for p, v in masked.items()})
+    return graph, model, masked, jp.shrink(graph, plan), x
+
+
+def test_averages_of_the_weights_take_what_the_kernels_took(attention):
+    graph, _, _, slim, _ = attention
+    assert slim.report["rescaled"]
+    average = jax.tree.map(lambda a: 1.1 * a, graph.variables)
+    for tree in (average, {"ema": average}, {"params": average["params"]}):
+        small = jp.shrink_like(graph, slim.plan, tree)
+        small = small.get("ema", small)
+        for path, leaf in trees.flatten(small).items():
+            want = 1.1 * trees.flatten(slim.variables)[path]
+            np.testing.assert_allclose(leaf, want, rtol=1e-5)
+    free = optax.contrib.schedule_free_adamw(1e-3).init(graph.variables["params"])
+    small = jp.shrink_like(graph, slim.plan, free)
+    jax.tree.map(
+        np.testing.assert_array_equal, dict(small.z), dict(slim.variables["params"])
+    )
+    replayed = jp.shrink(graph, slim.plan, replay=True)
+    small = jp.shrink_like(graph, slim.plan, average, replay=True)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 1.1 * b, rtol=1e-6),
+        small,
+        replayed.variables,
+    )
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        optax.scale_by_adam(),
+        optax.trace(0.9),
+        optax.scale_by_rss(initial_accumulator_value=0.0),
+        optax.scale_by_amsgrad(),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=64),
+    ],
+    ids=["adam", "momentum", "adagrad", "amsgrad", "adafactor"],
+)
+def test_moments_are_those_of_the_slim_models_gradients(attention, optimiser):
+    graph, model, masked, slim, x = attention
+
+    def moments(model, params):
+        def loss(params):
+            return jnp.square(model.apply({"params": params}, x) - 1).mean()
+
+        grads = jax.grad(loss)(params)
+        return optimiser.update(grads, optimiser.init(params), params)[1]
+
+    small = jp.shrink_like(graph, slim.plan, moments(model, masked["params"]))
+    want = moments(slim.model, slim.variables["params"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-7), small, want
+    )
+
+
+def test_an_optimiser_mirrors_the_parameters_and_no_other_collection():
+    class Teaches(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.relu(nn.Dense(12)(x)))
+
+    x = jnp.ones((2, 5))
+    variables = Teaches().init(jax.random.key(0), x)
+    variables = {**variables, "teacher": variables["params"]}
+    graph = jp.trace(Teaches(), variables, x)
+    slim = jp.shrink(graph, {graph.groups[0].name: np.arange(6)})
+    state = optax.scale_by_adam().init(variables["params"])
+    small = jp.shrink_like(graph, slim.plan, state)
+    want = jax.tree.map(jnp.shape, slim.variables["params"])
+    assert jax.tree.map(jnp.shape, small.mu) == want
 
 
 def test_training_goes_on_where_it_was():
