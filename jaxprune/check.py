@@ -27,6 +27,7 @@ from jaxprune.alignment import Difference, kept_shape, same_program
 from jaxprune.attributes import Attempt, Rows, raised_at, search
 from jaxprune.conv import plain_convolutions
 from jaxprune.errors import EmissionError
+from jaxprune.frameworks.stated import merged
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.interpret import source_line
 from jaxprune.graph.means import Divisor, divisor_at, of_a_mean, term_counts
@@ -52,12 +53,12 @@ class Aligned:
 
 
 def slim_settings(graph: ChannelGraph, plan: Plan, numbers: Rows = ()) -> Any:
-    """What the smaller model needs beside its arrays; JSON-ready.
+    """What the smaller model needs beside its arrays, of earlier rounds too; JSON-ready.
 
     numbers: those that follow, from `align`.
     """
     counts = graph.handle.settings(graph.notes, graph.layer_masks(plan))
-    return (*counts, *numbers)
+    return merged(graph.handle.stated, counts, numbers)
 
 
 def slim_handle(graph: ChannelGraph, plan: Plan, small: Any, numbers: Rows = ()) -> Any:

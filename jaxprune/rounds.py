@@ -43,7 +43,7 @@ class Composed(NamedTuple):
       graph: of the network that the next round starts from.
       kept: {group: indices of the original that are left}.
       slim: what the last round made.
-      left_whole, settings: of all rounds, see `shrink`.
+      left_whole: of all rounds, see `shrink`.
       error: the largest of the proofs, None without.
     """
 
@@ -51,7 +51,6 @@ class Composed(NamedTuple):
     kept: Mapping[str, np.ndarray]
     slim: Slim
     left_whole: Mapping[str, str]
-    settings: Mapping[tuple[Any, ...], tuple[Any, ...]]
     error: float | None
 
 
@@ -59,7 +58,7 @@ def begin(graph: ChannelGraph) -> Composed:
     """The original network, before the first round."""
     kept = {group.name: np.arange(group.size) for group in graph.groups}
     slim = Slim(graph.handle.model, graph.variables, graph.full_plan(), {})
-    return Composed(graph, kept, slim, {}, {}, None)
+    return Composed(graph, kept, slim, {}, None)
 
 
 def pruned(
@@ -74,13 +73,11 @@ def pruned(
         name: indices[slim.plan[name]] if name in slim.plan else indices
         for name, indices in state.kept.items()
     }
-    rows = {tuple(row[:2]): tuple(row) for row in slim.report["settings"]}
     return Composed(
         state.graph,
         kept,
         slim,
         {**state.left_whole, **slim.report["left_whole"]},
-        {**state.settings, **rows},
         error,
     )
 
@@ -126,7 +123,7 @@ def as_slim(graph: ChannelGraph, state: Composed) -> Slim:
     """The slim network with the plan of the original `graph`."""
     report = {
         "left_whole": dict(state.left_whole),
-        "settings": tuple(state.settings.values()),
+        "settings": state.slim.report.get("settings", ()),
     }
     plan = graph.complete(state.kept)
     return Slim(state.slim.model, state.slim.variables, plan, report)

@@ -264,3 +264,70 @@ def test_a_graph_opens_an_emitted_model_too(tmp_path, model, variables):
     checkpoint.save(tmp_path / "slim", slim)
     graph = jp.trace(model, variables, jnp.zeros((1, 8, 8, 1)))
     assert checkpoint.load(tmp_path / "slim", graph).model == slim.model
+
+
+class Attends(nn.Module):
+    """States its number of heads; what it does with them shapes do not tell."""
+
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        return attend(self.heads, x, *(nn.Dense(16, name=name) for name in "qkv"))
+
+
+class AttendingObject(nnx.Module):
+    def __init__(self, rngs):
+        self.heads = 4
+        self.q, self.k, self.v = (nnx.Linear(6, 16, rngs=rngs) for _ in range(3))
+        self.norm = nnx.GroupNorm(16, num_groups=4, rngs=rngs)
+        self.out = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.norm(attend(self.heads, x, self.q, self.k, self.v)))
+
+
+def attend(heads, x, q, k, v):
+    q, k, v = (layer(x).reshape(*x.shape[:2], heads, -1) for layer in (q, k, v))
+    weights = nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+    h = jnp.einsum("bhts,bshd->bthd", weights, v)
+    return h.reshape(*x.shape[:2], -1)
+
+
+class AttendingModule(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="first")(Attends(name="attends")(x))
+        return nn.Dense(3, name="out")(nn.relu(x))
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_the_record_of_a_second_round_holds_the_numbers_of_the_first(
+    tmp_path, framework
+):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    if framework == "linen":
+        model = AttendingModule()
+        traced = jp.trace(model, model.init(jax.random.key(1), x), x)
+    else:
+        model = AttendingObject(nnx.Rngs(0))
+        traced = jp.trace(model, x)
+    heads = next(g.name for g in traced.groups if g.size == 4 and g.name[-2:] != ".1")
+    first = jp.shrink(traced, {heads: [0, 2]})
+    numbers = {row[1]: row[2] for row in first.report["settings"]}
+    assert numbers["heads"] == 2
+    if framework == "nnx":
+        first_model = nnx.clone(first.model)  # as training steps make
+        again = jp.trace(first_model, x)
+    else:
+        again = jp.trace(first.model, first.variables, x)
+    other = next(g for g in again.groups if not g.name.startswith(heads))
+    second = jp.shrink(again, {other.name: np.arange(other.size // 2)})
+    assert second.report["settings"]
+    jp.save(tmp_path / "slim", second)
+    loaded = jp.load(tmp_path / "slim", model)
+    if framework == "nnx":
+        found, want = loaded.model(x), second.model(x)
+    else:
+        found, want = (s.model.apply(s.variables, x) for s in (loaded, second))
+    np.testing.assert_allclose(found, want, atol=1e-6)

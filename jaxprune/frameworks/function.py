@@ -41,6 +41,11 @@ class FunctionHandle:
         del variables, inputs
         return {}
 
+    @property
+    def stated(self) -> tuple[()]:
+        """Nothing: a function is never changed."""
+        return ()
+
     def settings(self, notes: Any, masks: Any) -> tuple[()]:
         """Nothing: shapes say it all."""
         del notes, masks

@@ -19,6 +19,7 @@ from jaxprune.frameworks.linen_resize import (
     record_numbers,
     shapes_of,
 )
+from jaxprune.frameworks.stated import merged
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,11 @@ class LinenHandle:
                 jax.eval_shape(lambda v, i: self(v, *i), variables, inputs)
         return found
 
+    @property
+    def stated(self) -> Settings:
+        """The settings of a slim module, of all rounds so far."""
+        return self.model.settings if isinstance(self.model, Resized) else ()
+
     def settings(
         self, notes: Mapping[str, int], masks: Mapping[tuple[str, int], Any]
     ) -> Settings:
@@ -101,8 +107,8 @@ def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Mod
     follow; any other is wrapped so that its layers read them off the arrays.
     """
     if isinstance(model, Resized):  # what is not set anew stays as it was
-        merged = {row[:2]: row for row in (*model.settings, *map(tuple, settings))}
-        model, settings = model.jaxprune_module, tuple(merged.values())
+        settings = merged(model.settings, settings)
+        model = model.jaxprune_module
     resized = getattr(model, "resized", None)
     if resized is not None:
         return resized(variables)

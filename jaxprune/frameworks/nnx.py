@@ -21,7 +21,7 @@ from jaxprune.frameworks.nnx_resize import (
     name_groups,
     resize,
 )
-from jaxprune.frameworks.stated import numbers_of
+from jaxprune.frameworks.stated import SETTINGS, merged, numbers_of
 
 Path = tuple[Any, ...]
 
@@ -131,6 +131,11 @@ class NnxHandle:
             if not type(module).__module__.startswith("flax.")
         }
 
+    @property
+    def stated(self) -> Settings:
+        """The settings of a slim object, of all rounds so far."""
+        return getattr(self.model, SETTINGS, ())
+
     def settings(
         self, notes: Any, masks: Mapping[tuple[str, int], np.ndarray]
     ) -> Settings:
@@ -143,6 +148,8 @@ class NnxHandle:
         model = self._merge(self.graphdef, trees.flatten(variables))
         resize(model, settings)
         resize_linen(model)
+        if settings:
+            setattr(model, SETTINGS, merged(self.stated, settings))
         return NnxHandle.of(model, self.apply)
 
     def _merge(self, graphdef: Any, leaves: Mapping[str, Any]) -> nnx.Module:

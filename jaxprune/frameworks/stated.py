@@ -8,7 +8,7 @@ many modules share.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+# Where a slim NNX object keeps what was set in it, for a record of a later round.
+SETTINGS = "jaxprune_settings"
 # How deep settings are looked into, and how many numbers a tuple of widths may have.
 _DEPTH, _MOST = 4, 32
 
@@ -24,7 +26,7 @@ def numbers_of(module: Any) -> dict[str, int]:
     """{name: number} of the attributes above 1, those of its submodules left out."""
     found = {}
     for name, value in vars(module).items():
-        if name not in ("parent", "name", "scope", "_state", "_id"):
+        if name not in ("parent", "name", "scope", "_state", "_id", SETTINGS):
             found.update(_numbers(name, value, _DEPTH))
     return found
 
@@ -52,6 +54,13 @@ def with_number(value: Any, name: str, number: int) -> Any:
     copied = copy.copy(value)
     object.__setattr__(copied, head, new(getattr(value, head)))
     return copied
+
+
+def merged(*settings: Iterable[Sequence[Any]]) -> tuple[tuple[Any, ...], ...]:
+    """Rows (path, attribute, number) of several; the last of each attribute counts."""
+    return tuple(
+        {tuple(row[:2]): tuple(row) for rows in settings for row in rows}.values()
+    )
 
 
 def state(module: Any, name: str, number: int, put: Callable[..., None]) -> None:
