@@ -103,7 +103,7 @@ def group_settings(
             ),
             masks.get((place, -1)),
         )
-        if mask is not None:
+        if mask is not None and not mask.all():
             left = int(mask.reshape(count, -1).any(1).sum())
             found.append((place, "groups", left))
             if isinstance(module, nnx.GroupNorm):

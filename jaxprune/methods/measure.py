@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprune.errors import DataError
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
@@ -99,7 +99,8 @@ def _place(tree: Any) -> Any:
     devices = jax.local_devices()
     if len(devices) == 1:
         return tree
-    mesh = jax.make_mesh((len(devices),), ("batch",), devices=devices)
+    # Not jax.make_mesh: its axes may be explicit, for which programs must be written.
+    mesh = Mesh(np.asarray(devices), ("batch",))
 
     def put(array: Any) -> Any:
         divides = array.shape and array.shape[0] % len(devices) == 0
