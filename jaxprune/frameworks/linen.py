@@ -10,16 +10,15 @@ import flax.linen as nn
 import jax
 
 from jaxprune.frameworks.flags import call_flags
+from jaxprune.frameworks.linen_paths import path_of, paths_within
 from jaxprune.frameworks.linen_resize import (
-    Resized,
     Settings,
-    following,
     group_settings,
     record_groups,
-    record_numbers,
     shapes_of,
 )
-from jaxprune.frameworks.stated import merged
+from jaxprune.frameworks.linen_slim import Resized
+from jaxprune.frameworks.stated import merged, numbers_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +41,6 @@ class LinenHandle:
 
     def __call__(self, variables: Any, *inputs: Any) -> Any:
         """Outputs of the inference call."""
-        if self.apply is not None and isinstance(self.model, Resized):
-            # The user's own module: the call may name any of its methods.
-            with following(self.model.shapes, self.model.settings):
-                return self.apply(self.model.jaxprune_module, variables, *inputs)
         if self.apply is not None:
             return self.apply(self.model, variables, *inputs)
         return self.model.apply(variables, *inputs, **inference_flags(self.model))
@@ -61,8 +56,11 @@ class LinenHandle:
 
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
         """As the call, noting what shapes do not tell: the groups of each GroupNorm."""
-        with record_groups(notes, isinstance(self.model, Resized)):
-            return self(variables, *inputs)
+        found: dict[str, int] = {}
+        with record_groups(found, isinstance(self.model, Resized)):
+            results = self(variables, *inputs)
+        notes.update(self._within(found, variables))
+        return results
 
     def numbers(
         self, variables: Any, *inputs: Any
@@ -75,7 +73,11 @@ class LinenHandle:
         if not hasattr(self.model, "resized"):
             with record_numbers(found):
                 jax.eval_shape(lambda v, i: self(v, *i), variables, inputs)
-        return found
+        return self._within(found, variables)
+
+    def _within(self, found: dict[str, Any], variables: Any) -> dict[str, Any]:
+        """By path from the model, where `apply` runs it as a part of another module."""
+        return found if self.apply is None else paths_within(found, variables)
 
     @property
     def stated(self) -> Settings:
@@ -112,4 +114,21 @@ def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Mod
     resized = getattr(model, "resized", None)
     if resized is not None:
         return resized(variables)
+    # A copy: Flax takes one object at two places of a module for one set of arrays.
+    model = model.clone()
     return Resized(model, shapes_of(variables), tuple(map(tuple, settings)))
+
+
+def record_numbers(found: dict[str, tuple[type, dict[str, int]]]) -> Any:
+    """A context in which every module of the user's that runs notes its numbers."""
+
+    def note(next_fun, args, kwargs, context):
+        result = next_fun(*args, **kwargs)
+        module = context.module
+        own = isinstance(module, Resized) or type(module).__module__.startswith("flax.")
+        # Setup makes attributes; a resized module's follow after it.
+        if not own and module.scope is not None and context.method_name != "setup":
+            found[path_of(module)] = type(module), numbers_of(module)
+        return result
+
+    return nn.intercept_methods(note)

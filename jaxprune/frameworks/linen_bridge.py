@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx import bridge
 
+from jaxprune.frameworks.linen_paths import parts_of
 from jaxprune.frameworks.nnx_resize import resize
 
 Shape = tuple[int, ...]
@@ -25,7 +26,7 @@ def bridge_sizes(module: nn.Module, table: Mapping[str, Shape]) -> dict[str, Any
     """
     if not isinstance(module, bridge.ToLinen) or module.scope is None:
         return {}
-    place = "/".join((*map(str, module.scope.path), ""))
+    place = "/".join((*parts_of(module), ""))
     below = (name.partition("/")[2] for name in table)
     shapes = {
         name.removeprefix(place): shape

@@ -4,15 +4,14 @@ The only place that reaches into Flax. Layers of flax.linen state their widths a
 attributes (`features`, `num_heads`), set by the source that calls them; when such a
 layer is about to run, an interceptor sets those attributes to what the sliced arrays
 have; parameters and variables that a module makes itself get their sliced shapes,
-whatever shape its source states. `Resized` wraps the user's module, shares its scope (so variable paths stay the
-same) and runs it under the interceptor; it initialises, trains, jits and serialises
-as any module.
+whatever shape its source states. `linen_slim.Resized` wraps the user's module and runs
+it under the interceptor.
 """
 
 from __future__ import annotations
 
 import contextlib
-import types
+import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +24,10 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.frameworks.linen_bridge import bridge_sizes
 from jaxprune.frameworks.linen_carries import carries_follow
+from jaxprune.frameworks.linen_paths import WRAPPED, parts_of, path_of
 from jaxprune.frameworks.linen_stacks import unstacked
 from jaxprune.frameworks.linen_widths import widths
-from jaxprune.frameworks.stated import numbers_of, state
+from jaxprune.frameworks.stated import state
 
 Shape = tuple[int, ...]
 # Rows of (path of a layer, attribute, value).
@@ -41,59 +41,35 @@ class Shapes:
     rows: tuple[tuple[str, Shape], ...]
 
 
-class Resized(nn.Module):
-    """The module `jaxprune_module` with its layers' widths read off the arrays.
-
-    Attributes:
-      jaxprune_module: the user's; a name that none of their layers has, for it is
-        reserved in the scope that both share.
-      shapes: name and shape of every array, for `init`.
-      settings: (path of a module, attribute, value) that shapes do not tell:
-        GroupNorm's num_groups, numbers that the user's modules state.
-    """
-
-    jaxprune_module: nn.Module
-    shapes: Shapes
-    settings: Settings = ()
-
-    def setup(self) -> None:
-        nn.share_scope(self, self.jaxprune_module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with following(self.shapes, self.settings):
-            return self.jaxprune_module(*args, **kwargs)
-
-    def jaxprune_call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a method of the user's module."""
-        with following(self.shapes, self.settings):
-            return getattr(self.jaxprune_module, name)(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """The other methods of the user's module, for `apply(..., method="encode")`."""
-        kind = type(vars(self).get("jaxprune_module"))
-        field = name in getattr(kind, "__dataclass_fields__", ())
-        if field or name.startswith("_") or not callable(getattr(kind, name, None)):
-            return super().__getattr__(name)
-
-        def method(self: Resized, *args: Any, **kwargs: Any) -> Any:
-            return self.jaxprune_call(name, *args, **kwargs)
-
-        return types.MethodType(method, self)
+# The sizes of the slim module that runs, for those that are part of it.
+_AROUND: contextvars.ContextVar[tuple[dict[str, Shape], dict[tuple[str, str], Any]]] = (
+    contextvars.ContextVar("around", default=({}, {}))
+)
 
 
 @contextlib.contextmanager
-def following(shapes: Shapes, settings: Settings) -> Iterator[None]:
-    """While it lasts, layers that run take their widths from their arrays."""
-    table = dict(shapes.rows)
+def following(
+    shapes: Shapes, settings: Settings, at: tuple[str, ...] = ()
+) -> Iterator[None]:
+    """While it lasts, layers that run take their widths from their arrays.
+
+    at: path of the slim module, where it is a part of another. If that one is slim
+      too, of a later round, its sizes hold.
+    """
+    around, set_around = _AROUND.get()
+    table = {_moved(path, 1, at): shape for path, shape in shapes.rows} | around
+    numbers = {(_moved(path, 0, at), name): value for path, name, value in settings}
+    numbers |= set_around
     stated: dict[str, list[tuple[str, Any]]] = {}
-    for path, name, value in settings:
+    for (path, name), value in numbers.items():
         stated.setdefault(path, []).append((name, value))
 
     def follow(next_fun, args, kwargs, context):
         if context.method_name in ("__call__", "setup"):
             resize(context.module, context.method_name, args, kwargs, table)
-        if stated and context.method_name != "setup":
-            for name, value in stated.get(_path(context.module), ()):
+        # Numbers are the user's modules', and a slim one shows those of what it wraps.
+        if context.method_name != "setup" and WRAPPED not in vars(context.module):
+            for name, value in stated.get(path_of(context.module), ()):
                 state(context.module, name, value, object.__setattr__)
         adopt(context.module, table)
         return next_fun(*args, **kwargs)
@@ -101,8 +77,20 @@ def following(shapes: Shapes, settings: Settings) -> Iterator[None]:
     def follow_carry(cell: nn.Module) -> None:
         _set(cell, _sizes(cell, None, table))
 
-    with nn.intercept_methods(follow), carries_follow(follow_carry):
-        yield
+    token = _AROUND.set((table, numbers))
+    try:
+        with nn.intercept_methods(follow), carries_follow(follow_carry):
+            yield
+    finally:
+        _AROUND.reset(token)
+
+
+def _moved(path: str, place: int, at: tuple[str, ...]) -> str:
+    """The path with the parts of another put in at a place."""
+    if not at:
+        return path
+    parts = path.split("/") if path else []
+    return "/".join((*parts[:place], *at, *parts[place:]))
 
 
 def resize(
@@ -160,7 +148,7 @@ def adopt(module: nn.Module, table: Mapping[str, Shape]) -> None:
             if shape is None:
                 return made
             assert module.scope is not None
-            below = "/".join((collection, *map(str, module.scope.path), ""))
+            below = "/".join((collection, *parts_of(module), ""))
             others = [held for path, held in table.items() if path.startswith(below)]
             return jax.tree.map(_cut(shape, others), made)
 
@@ -245,7 +233,7 @@ def _shape(
     tree: Any = module.scope.get_variable(kind, names[0], None)
     if tree is None:
         collection = module.scope.root._variables.get(kind, {})
-        for part in (*module.scope.path, *names[:-1]):
+        for part in (*parts_of(module), *names[:-1]):
             collection = collection.get(part, {}) if hasattr(collection, "get") else {}
         tree = collection.get(names[-1]) if hasattr(collection, "get") else None
     else:
@@ -254,7 +242,7 @@ def _shape(
     leaves = jax.tree_util.tree_leaves(tree)
     if leaves and hasattr(leaves[0], "shape"):
         return tuple(leaves[0].shape)
-    return table.get("/".join((kind, *map(str, module.scope.path), *names)))
+    return table.get("/".join((kind, *parts_of(module), *names)))
 
 
 def record_groups(notes: dict[str, int], resized: bool) -> Any:
@@ -274,29 +262,10 @@ def record_groups(notes: dict[str, int], resized: bool) -> Any:
             count = module.num_groups
             if count is None:
                 count = args[0].shape[-1] // module.group_size
-            notes[_path(module)] = count
+            notes[path_of(module)] = count
         return result
 
     return nn.intercept_methods(note)
-
-
-def record_numbers(found: dict[str, tuple[type, dict[str, int]]]) -> Any:
-    """A context in which every module of the user's that runs notes its numbers."""
-
-    def note(next_fun, args, kwargs, context):
-        result = next_fun(*args, **kwargs)
-        module = context.module
-        own = isinstance(module, Resized) or type(module).__module__.startswith("flax.")
-        # Setup makes attributes; a resized module's follow after it.
-        if not own and module.scope is not None and context.method_name != "setup":
-            found[_path(module)] = type(module), numbers_of(module)
-        return result
-
-    return nn.intercept_methods(note)
-
-
-def _path(module: nn.Module) -> str:
-    return "" if module.scope is None else "/".join(map(str, module.scope.path))
 
 
 def group_settings(
