@@ -282,6 +282,7 @@ class Runner:
             self.chooser(graph, groups, uniform),
             groups=groups,
             refitting=self.options.refitting,
+            loss_fn=self.loss_fn,
             seed=self.seed,
         )
 

@@ -80,6 +80,9 @@ def test_one_iterator_is_read_once_and_another_pass_must_be_the_same():
         list(fewer)
 
 
+SPOILT = np.where(np.arange(96).reshape(16, 6) == 20, np.nan, X).astype(np.float32)
+
+
 @pytest.mark.parametrize(
     ("batches", "error"),
     [
@@ -102,6 +105,14 @@ def test_one_iterator_is_read_once_and_another_pass_must_be_the_same():
         ([(X, np.array(["a"] * 16))], r"y of calibration batch 0: .*<U1\[16\]"),
         ([(X, {})], "y of calibration batch 0 holds no array"),
         ([(X[:0], Y[:0])], "the first calibration batch has no example"),
+        (
+            [(X, Y), (SPOILT, Y)],
+            r"calibration batch 1 holds NaN, first in example 3 of",
+        ),
+        (
+            [(jnp.asarray(SPOILT), Y)],
+            "calibration batch 0 holds NaN, first in example 3",
+        ),
     ],
 )
 def test_batches_of_another_form_are_named(batches, error):

@@ -9,7 +9,7 @@ from zoo import make, random_batches
 import jaxprune as jp
 from jaxprune.errors import BudgetError, ConfigError, DataError, ScoreError
 from jaxprune.methods import cpli
-from jaxprune.methods.measure import Calibration
+from jaxprune.methods.measure import Calibration, cross_entropy
 from jaxprune.methods.sensitivity import divergence
 
 
@@ -56,7 +56,10 @@ def test_the_refit_brings_the_outputs_back():
     batches = random_batches(x.shape[1:], count=512, size=128)
     graph = jp.trace(model, variables, batches[0][0])
     loss = divergence(
-        graph, variables, Calibration(random_batches(x.shape[1:], seed=5))
+        graph,
+        variables,
+        Calibration(random_batches(x.shape[1:], seed=5)),
+        cross_entropy,
     )
     left = {}
     for refit in ("none", "bias", "lstsq"):

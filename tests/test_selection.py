@@ -98,6 +98,19 @@ def test_isomorphic_sets_are_pruned_alike():
     assert plan["conv0"].size > plan["conv1"].size  # ranked within the set
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "global", "isomorphic"])
+def test_equal_scores_go_by_equal_shares(strategy):
+    sizes = (16, 16, 32)
+    groups = make_groups(sizes)
+    scores = {g.name: np.ones(g.size) for g in groups}
+    kept = select(
+        groups, scores, lambda kept: sum(map(len, kept.values())), 26, strategy=strategy
+    )
+    counts = [len(kept[g.name]) for g in groups]
+    assert sum(counts) == 26
+    np.testing.assert_allclose(np.divide(counts, sizes), 26 / 64, atol=0.07)
+
+
 def test_ties_never_overshoot():
     groups, cost = make_groups([64, 64]), ChainCost([64, 64])
     scores = {g.name: np.ones(64) for g in groups}

@@ -10,6 +10,7 @@ from zoo import moments_of
 
 from jaxprune.errors import ScoreError
 from jaxprune.solver.cpli import cpli_select, scaled_scores, suppression
+from jaxprune.solver.elimination import elimination_order
 from jaxprune.solver.gram import combine, gate_system
 from jaxprune.solver.lasso import lasso, select_exact
 from jaxprune.solver.refit import default_ridge, refit, relative_residual
@@ -281,6 +282,28 @@ def test_refit_falls_back_on_the_prior():
     assert not constant.residual.any()
     with pytest.raises(ScoreError, match=r"row_keep \(6,\)"):
         refit(dead, np.ones(5, bool))
+
+
+@pytest.mark.parametrize("loud", [30, 1e3, 1e6])
+def test_a_loud_channel_leaves_the_refit_of_the_others_alone(loud):
+    """The same function with one channel scaled, its weights by the inverse."""
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(size=(4096, 12)) @ rng.normal(size=(12, 64))
+    x = np.maximum(mixed + 0.3 * rng.normal(size=mixed.shape), 0)
+    kernel = rng.normal(size=(64, 16))
+    keep = rng.permutation(64) < 40
+    keep[0] = True
+    errors, orders = [], []
+    for by in (1.0, loud):
+        scale = np.r_[by, np.ones(63)]
+        moments = moments_of(x * scale, x @ kernel)
+        prior = kernel / scale[:, None]
+        errors.append(refit(moments, keep, kernel=prior).residual.mean())
+        terms = [(moments, prior, np.arange(64), None)]
+        orders.append(set(elimination_order(terms, 64, 32)))
+    none = relative_residual(moments, prior * keep[:, None]).mean()
+    assert errors[1] < errors[0] * 1.02 < none / 2
+    assert len(orders[0] & orders[1]) >= 31
 
 
 def test_prior_helps_with_few_samples():

@@ -60,6 +60,20 @@ def test_two_words_are_needed_for_long_streams():
     assert abs(plain - truth) > 1e-6 * truth
 
 
+@pytest.mark.parametrize("rows", [4 * mom.BLOCK, 6 * mom.BLOCK + 5])
+def test_batches_of_many_blocks(rows):
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (rows, 5)).astype(np.float32)
+    y = (x[:, :2] * 2 + 1).astype(np.float32)
+    weight = rng.integers(0, 3, rows).astype(np.float32)
+    found = mom.covariances(jax.jit(mom.update)(mom.zeros(5, 2), x, y, weight))
+    x, y = (np.repeat(a.astype(np.float64), weight.astype(int), 0) for a in (x, y))
+    assert found.count == len(x)
+    np.testing.assert_allclose(found.mean_x, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.xx, np.cov(x.T, bias=True), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.yy, y.var(0), rtol=1e-5)
+
+
 def test_variance_beside_a_large_mean():
     """Uncentred float32 sums fail here; one sample has no variance at all."""
     x, y = data()

@@ -56,26 +56,48 @@ def correlation(moments: Comoments) -> np.ndarray:
     return -np.where(dead, 1.0, others)
 
 
+# Entries of the matrices that `channel_independence` decomposes at a time: 64 MB.
+_CHIP_ENTRIES = 1 << 24
+
+
 @jax.jit
 def channel_independence(maps: jax.Array) -> jax.Array:
     """(C,): how much the nuclear norm falls when the channel's map is taken out.
 
     CHIP, Sui et al. 2021 (arXiv:2110.13981): for one image, A (C, H W) holds the maps
     as rows and CI_c = ||A||_* - ||A with row c zeroed||_*; averaged over the images of
-    `maps` (B, *spatial, C). C singular value decompositions an image; where H W > C
-    they are of a C x C factor of A, which has the same singular values.
+    `maps` (B, *spatial, C). C singular value decompositions an image, of a square
+    factor of A of n = min(C, H W) rows that has the same singular values.
     """
     size = maps.shape[-1]
     matrices = maps.astype(jnp.float32).reshape(maps.shape[0], -1, size)
 
+    def norm(matrix):
+        values = jnp.linalg.svd(matrix, compute_uv=False, full_matrices=False)
+        return values.sum()
+
     def one(image):  # (H W, C)
-        if image.shape[0] > size:
-            image = jnp.linalg.qr(image, mode="r")
+        if image.shape[0] >= size:
+            factor = jnp.linalg.qr(image, mode="r")
 
-        def norm(keep):
-            return jnp.linalg.svd(image * keep, compute_uv=False).sum()
+            def without(channel):
+                return factor.at[:, channel].set(0.0)
 
-        masks = jnp.ones((size, size)) - jnp.eye(size)
-        return norm(jnp.ones(size)) - jax.vmap(norm)(masks)
+        else:
+            # image^T = Q R; Q without row q has (I - q q^T)^(1/2) in the place of Q.
+            q, factor = jnp.linalg.qr(image.T)
+
+            def without(channel):
+                row = q[channel]
+                square = jnp.minimum(row @ row, 1.0)
+                share = (1 - jnp.sqrt(1 - square)) / jnp.maximum(square, 1e-30)
+                return factor.T - jnp.outer(factor.T @ row, row) * share
+
+        least = jax.lax.map(
+            lambda channel: norm(without(channel)),
+            jnp.arange(size),
+            batch_size=max(1, _CHIP_ENTRIES // factor.size),
+        )
+        return norm(factor) - least
 
     return jax.lax.map(one, matrices).mean(0)

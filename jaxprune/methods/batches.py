@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.errors import DataError
@@ -78,6 +79,25 @@ def read_all(batches: Iterable[Any], first: Batch | None = None) -> Iterator[Bat
                     f"{shown(tree)}; one batch alone is passed as [(x, y)]"
                 )
         yield found
+
+
+def check_numbers(batch: Batch, number: int) -> None:
+    """Nothing, if the inputs hold no NaN; infinities may be a mask.
+
+    Raises:
+      DataError: they do, with the first example.
+    """
+    for leaf in jax.tree.leaves(batch.inputs):
+        if not jnp.issubdtype(leaf.dtype, np.inexact):
+            continue
+        module = np if isinstance(leaf, np.ndarray) else jnp
+        wrong = module.isnan(leaf).any(tuple(range(1, leaf.ndim)))
+        if wrong.any():
+            raise DataError(
+                f"x of calibration batch {number} holds NaN, first in example "
+                f"{int(wrong.argmax())} of {batch.size}: {shown(leaf)}; repair the data "
+                "or leave the example out"
+            )
 
 
 def cut(batch: Batch, size: int) -> Iterator[tuple[tuple[Any, ...], Any, np.ndarray]]:

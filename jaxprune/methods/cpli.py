@@ -186,9 +186,15 @@ def chooser(
     systems: dict[str, tuple[Sequence[Term], GateSystem]] = {}
     orders: dict[str, tuple[Sequence[Term], np.ndarray]] = {}
 
+    def same(known: Sequence[Term], terms: Sequence[Term]) -> bool:
+        return len(known) == len(terms) and all(
+            a.moments is b.moments and np.array_equal(a.kernel, b.kernel)
+            for a, b in zip(known, terms, strict=True)
+        )
+
     def system(group: Group, terms: Sequence[Term]) -> GateSystem:
         known = systems.get(group.name)
-        if known is None or known[0] is not terms:
+        if known is None or not same(known[0], terms):
             centred = all(term.tap.intercept is not None for term in terms)
             found = group_system(weighted(terms), group.size, centred=centred)
             known = systems[group.name] = (terms, found)
@@ -196,7 +202,7 @@ def chooser(
 
     def gone(group: Group, terms: Sequence[Term], number: int) -> np.ndarray:
         known = orders.get(group.name)
-        if known is None or known[0] is not terms or known[1].size < number:
+        if known is None or not same(known[0], terms) or known[1].size < number:
             found = elimination_order(
                 weighted(terms), group.size, group.size - number,
                 loss_scores=loss.get(group.name), mu=mu, ridge=ridge,

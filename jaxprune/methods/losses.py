@@ -72,6 +72,19 @@ def check_callable(loss_fn: Any) -> None:
         )
 
 
+def are_logits(output: Any, data: Calibration, loss_fn: LossFn) -> bool:
+    """Whether an output (B, K) holds the logits of K classes: the labels are one class
+    an example, or there are none and the loss is the default."""
+    if output.ndim != 2 or output.shape[1] < 2 or not _floating(output):
+        return False
+    if data.labels is None:
+        return loss_fn is cross_entropy
+    if data.label_range is None or len(data.labels.shape) != 1:
+        return False
+    low, high = data.label_range
+    return low >= 0 and high < output.shape[1]
+
+
 def _check_classes(outputs: Any, data: Calibration) -> None:
     """Nothing, if the default loss fits."""
     logits = isinstance(outputs, jax.ShapeDtypeStruct)

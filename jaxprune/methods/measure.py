@@ -17,7 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprune.errors import DataError
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
-from jaxprune.methods.batches import cut, iterable_of, label_range, read_all
+from jaxprune.methods.batches import (
+    check_numbers,
+    cut,
+    iterable_of,
+    label_range,
+    read_all,
+)
 from jaxprune.methods.taps import Tap
 from jaxprune.records import Group
 
@@ -52,7 +58,8 @@ class Calibration:
         self._batches = iterable_of(batches)
         self._sizes: list[int] = []
         first, ranges = None, []
-        for batch in read_all(self._batches):
+        for number, batch in enumerate(read_all(self._batches)):
+            check_numbers(batch, number)
             first = first or batch
             self._sizes.append(batch.size)
             ranges += label_range(batch.labels)

@@ -12,8 +12,9 @@ from jaxprune.checks import FLAG, check_values, number, one_of, optional, whole
 from jaxprune.criteria.redundancy import Fold, Redundancy
 from jaxprune.methods.taps import Tap, by_kernel
 from jaxprune.records import Group
+from jaxprune.solver.refit import finite_covariances
 from jaxprune.solver.refit import refit as solve_refit
-from jaxprune.stats.moments import Moments, covariances
+from jaxprune.stats.moments import Moments
 
 Refit = Literal["none", "bias", "lstsq"]
 Passes = Literal["sequential", "single"]
@@ -173,7 +174,7 @@ def refitted(
         )
         residuals[tap.name] = float(np.mean(solved.residual))
         return _moved(tap, solved.kernel, solved.intercept, leaves, original)
-    cov = covariances(moments)
+    cov = finite_covariances(moments, centred=True)
     shift = cov.mean_y - cov.mean_x @ (kernel * keep[:, None])
     return _moved(tap, kernel, shift, leaves, original)
 

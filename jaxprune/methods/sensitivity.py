@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxprune import trees
 from jaxprune.graph import ChannelGraph
-from jaxprune.methods.measure import Calibration
+from jaxprune.methods.losses import are_logits
+from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.reconstruct import (
     Chooser,
     Progress,
@@ -63,6 +64,7 @@ class Probe:
         *,
         groups: Sequence[Group],
         refitting: Refitting,
+        loss_fn: LossFn,
         seed: int = 0,
     ) -> None:
         self.graph, self.variables, self.refitting = graph, variables, refitting
@@ -75,7 +77,7 @@ class Probe:
             graph, list(used.values()), variables, variables, calibration,
             positions=refitting.positions, seed=seed,
         )  # fmt: skip
-        self._divergence = divergence(graph, variables, calibration)
+        self._divergence = divergence(graph, variables, calibration, loss_fn)
 
     def loss(self, counts: Mapping[str, int]) -> float:
         """Divergence of the outputs with that many channels kept of the named groups."""
@@ -140,13 +142,15 @@ def curve(counts: Sequence[int], losses: Sequence[float], size: int) -> np.ndarr
     return found
 
 
-def divergence(graph: ChannelGraph, variables: Any, calibration: Calibration):
+def divergence(
+    graph: ChannelGraph, variables: Any, calibration: Calibration, loss_fn: LossFn
+):
     """A function of variables: mean divergence of the outputs from the original's.
 
-    Kullback-Leibler between the softmax of two-dimensional floating-point outputs
-    (logits) and `SURE` of their relative squared error, which tells widths apart where
-    the softmax is sure of one class; the relative squared error of any other outputs.
-    Averaged over at least `EXAMPLES` examples.
+    Kullback-Leibler between the softmax of logits (`losses.are_logits`) and `SURE` of
+    their relative squared error, which tells widths apart where the softmax is sure of
+    one class; the relative squared error of any other outputs. Averaged over at least
+    `EXAMPLES` examples.
     """
     batches = []
     for inputs, _, weight in calibration:
@@ -166,7 +170,7 @@ def divergence(graph: ChannelGraph, variables: Any, calibration: Calibration):
                 continue
             found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
             gap = _relative_error(found, wanted)
-            if wanted.ndim == 2 and wanted.shape[1] > 1:
+            if are_logits(wanted, calibration, loss_fn):
                 wanted, found = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
                 divergence = (jnp.exp(wanted) * (wanted - found)).sum(1)
                 gap = jnp.maximum(divergence, 0) + SURE * gap

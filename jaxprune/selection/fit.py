@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import heapq
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -135,14 +135,20 @@ def limits(
     return Limits(low, high, round_to)
 
 
+def places(sizes: Iterable[int]) -> np.ndarray:
+    """Of each channel its place in its group, between 0 and 1: by it groups lose alike
+    shares where all values are equal."""
+    found = [(np.arange(size) + 0.5) / size for size in sizes]
+    return np.concatenate(found) if found else np.zeros(0)
+
+
 def fit(groups, priorities, cost, limit: float, bounds: Limits) -> dict[str, int]:
     """Counts of the longest affordable top of the priority list, then filled up."""
     sizes = {g.name: g.size for g in groups}
     names = list(sizes)
     owner = np.repeat(np.arange(len(names)), [sizes[n] for n in names])
     values = np.concatenate([priorities[n] for n in names]) if names else np.zeros(0)
-    place = np.concatenate([np.arange(s) for s in sizes.values()]) if names else values
-    order = owner[np.lexsort((place, owner, -values))]
+    order = owner[np.lexsort((owner, places(sizes.values()), -values))]
 
     def counts(top: int) -> dict[str, int]:
         taken = np.bincount(order[:top], minlength=len(names))

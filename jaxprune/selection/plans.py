@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune.checks import Rule, check_values, one_of
 from jaxprune.errors import ScoreError
 from jaxprune.records import Group, Plan
-from jaxprune.selection.fit import MinKeep, fit, limits
+from jaxprune.selection.fit import MinKeep, fit, limits, places
 
 Cost = Callable[[Mapping[str, np.ndarray]], float]
 Strategy = Literal["uniform", "global", "isomorphic"]
@@ -182,7 +182,8 @@ def _priorities(groups, ranked, strategy: Strategy, normalize: Normalize):
     for names in scopes.values():
         values = np.concatenate([scaled[n] for n in names])
         place = np.empty(values.size)
-        place[np.lexsort((np.arange(values.size), -values))] = np.arange(values.size)
+        order = np.lexsort((places(scaled[n].size for n in names), -values))
+        place[order] = np.arange(values.size)
         share = -(place + 0.5) / values.size
         ends = np.cumsum([scaled[n].size for n in names])[:-1]
         result.update(zip(names, np.split(share, ends), strict=True))

@@ -2,13 +2,13 @@
 
 LASSO with W fixed cannot see that after the refit one channel can stand for another.
 Here the refit is part of the choice: with all rows present the least-squares kernel of
-a consumer is W = H^-1 (B + r W0), H = A + r I, and taking channel c out and refitting
+a consumer is W = H^-1 (B + r W0), H = A + r, and taking channel c out and refitting
 the rest raises its error by
 
-    tr( S W_c^T [(H^-1)_cc]^-1 W_c S )  -  r || W0_c S ||^2
+    tr( S W_c^T [(H^-1)_cc]^-1 W_c S )  -  tr( S W0_c^T r_c W0_c S )
 
-with W_c its rows, S = diag(s) the output weights and W0 the prior of the ridge, which
-the refit no longer pays for rows that are gone. The channel of the least rise goes, H^-1
+with W_c its rows, S = diag(s) the output weights and W0 the prior of the ridge r (a
+diagonal, `refit.row_ridge`), which the refit no longer pays for rows that are gone. The channel of the least rise goes, H^-1
 and W are updated for the rest by block elimination, and so on: Optimal Brain Surgeon
 (Hassibi and Stork 1993) with channels for weights, as in ZipLM (Kurtic, Frantar,
 Alistarh 2023, arXiv:2302.04089, equation 3). The errors are those of `refit`: its
@@ -24,7 +24,7 @@ from scipy import linalg
 
 from jaxprune.errors import ScoreError
 from jaxprune.solver.cpli import scaled_scores
-from jaxprune.solver.refit import NOISE, default_ridge, finite_covariances
+from jaxprune.solver.refit import default_ridge, finite_covariances, row_ridge
 from jaxprune.stats.moments import Moments
 
 # Channels that are taken out before the inverse is brought up to date.
@@ -119,11 +119,10 @@ class _Consumer:
         moves = np.diagonal(cov.xx) > STILL * (np.diagonal(cov.xx) + cov.mean_x**2)
         self.moving = (moves[table] & (table >= 0)).any(1)  # (C,): is no constant
         factor = default_ridge(cov.count, rows) if ridge is None else ridge
-        scale = max(np.diagonal(cov.xx).mean(), 1e-300)
-        inverse, added = _inverse(cov.xx, max(factor, NOISE) * scale)
+        inverse, added = _inverse(cov.xx, row_ridge(np.diagonal(cov.xx), factor))
         # Scaled by s and by the target's energy: what the rises need of W.
         unit = s / np.sqrt(max(float(cov.yy @ s**2), 1e-300))
-        solved = (inverse @ (cov.xy + added * prior)) * unit
+        solved = (inverse @ (cov.xy + added[:, None] * prior)) * unit
         self._size = size = table.shape[1]
         absent = table.reshape(-1) < 0
         self._inverse = inverse[np.ix_(table.reshape(-1), table.reshape(-1))]
@@ -184,15 +183,15 @@ class _Consumer:
         self._clear()
 
 
-def _inverse(gram: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
-    """(gram + ridge I)^-1 and the ridge, raised tenfold while that is not definite."""
-    eye = np.eye(len(gram))
+def _inverse(gram: np.ndarray, ridge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(gram + diag(ridge))^-1 and the ridge, raised tenfold while it is not definite."""
     while True:
         try:
-            factor = linalg.cho_factor(gram + ridge * eye, check_finite=False)
+            factor = linalg.cho_factor(gram + np.diag(ridge), check_finite=False)
         except linalg.LinAlgError:
-            ridge *= 10
+            ridge = ridge * 10
             continue
+        eye = np.eye(len(gram))
         return linalg.cho_solve(factor, eye, check_finite=False), ridge
 
 

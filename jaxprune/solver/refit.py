@@ -10,9 +10,13 @@ from scipy import linalg
 from jaxprune.errors import ScoreError
 from jaxprune.stats.moments import Covariances, Moments, covariances, take_rows
 
-# Moments come from float32 products: what is below this share of the mean diagonal
-# is rounding, and a smaller ridge would fit it.
+# Moments come from float32 products: what is below this share of a row's energy is
+# rounding, and a smaller ridge would fit it.
 NOISE = 1e-7
+# A row counts for the mean with at most so many times the median energy, and its ridge
+# is at most so many times what its own energy asks for: a few loud channels switch the
+# refit of the others off otherwise, or single weak ones are never refitted.
+LOUD = 100.0
 
 
 class Refit(NamedTuple):
@@ -44,6 +48,22 @@ def default_ridge(count: float, rows: int) -> float:
     return float(np.clip(0.5 * rows / max(count, 1.0), 1e-6, 0.5))
 
 
+def row_ridge(energies: np.ndarray, ridge: float) -> np.ndarray:
+    """r (R,) float64, the ridge of each row.
+
+        r_i = max(ridge, NOISE) min(mean_j min(a_j, LOUD median a), LOUD a_i)
+
+    energies: a (R,), the diagonal of A. Rows without energy get that of the others.
+    """
+    alive = energies > 0
+    if not alive.any():
+        return np.ones(energies.size)
+    limit = LOUD * np.median(energies[alive])
+    scale = np.minimum(energies, limit).mean()
+    capped = np.where(alive, np.minimum(scale, LOUD * energies), scale)
+    return np.maximum(ridge * capped, NOISE * np.where(alive, energies, scale))
+
+
 def finite_covariances(moments: Moments, *, centred: bool) -> Covariances:
     """`covariances`, checked. Raises ScoreError for NaN or infinity in them."""
     cov = covariances(moments, centred=centred)
@@ -65,8 +85,10 @@ def refit(
 ) -> Refit:
     """The kernel on the kept rows that best reproduces Y, in closed form.
 
-        (A + r I) W = B + r W0,    A = X^T X / n,  B = X^T Y / n  (centred)
+        (A + diag(r)) W = B + diag(r) W0,  A = X^T X / n,  B = X^T Y / n  (centred)
         intercept = mean(Y) - mean(X) W,    r = ridge * mean diagonal of A
+
+    (see `row_ridge` for channels that are louder or weaker than others by far)
 
     on the kept rows K of the moments, by one Cholesky factorisation in float64: it
     costs |K|^3 / 3 on the host, 8 times less at half width than the masked R x R
@@ -95,7 +117,7 @@ def refit(
     cov = finite_covariances(take_rows(moments, kept), centred=intercept)
     if ridge is None:
         ridge = default_ridge(cov.count, kept.size)
-    solved = _solve(cov.xx, cov.xy, prior[kept], max(ridge, NOISE))
+    solved = _solve(cov.xx, cov.xy, prior[kept], ridge)
     new = np.zeros((rows, outputs))
     new[kept] = solved
     return Refit(
@@ -122,18 +144,18 @@ def _residual(cov: Covariances, gram, cross, kernel) -> np.ndarray:
 def _solve(gram, cross, prior, ridge: float) -> np.ndarray:
     if not len(gram):
         return prior
-    scale = np.diagonal(gram).mean()
-    if scale <= 0:  # dead inputs say nothing about their weights
+    if not np.any(np.diagonal(gram) > 0):  # dead inputs say nothing of their weights
         return prior
+    added = row_ridge(np.diagonal(gram), ridge)
     difference = cross - gram @ prior
     while True:
         shifted = gram.copy()
-        shifted.flat[:: len(gram) + 1] += ridge * scale
+        shifted.flat[:: len(gram) + 1] += added
         try:
             factor = linalg.cho_factor(
                 shifted, lower=True, overwrite_a=True, check_finite=False
             )
         except linalg.LinAlgError:
-            ridge *= 10
+            added = added * 10
             continue
         return prior + linalg.cho_solve(factor, difference, check_finite=False)

@@ -65,10 +65,22 @@ def update(
     """
     if weight is None:
         weight = jnp.ones(x.shape[0])
-    for start in range(0, x.shape[0], BLOCK):
+    rows, size = x.shape[0], len(moments.xx)
+    whole = rows // BLOCK if rows > 4 * BLOCK else 0  # few are faster one by one
+
+    def add(moments: Moments, block: list[jax.Array]) -> tuple[Moments, None]:
+        x, y, weight = block
+        return merge(moments, _of_block(x, y, weight, size)), None
+
+    if whole:
+        blocks = [
+            a[: whole * BLOCK].reshape(whole, BLOCK, *a.shape[1:])
+            for a in (x, y, weight)
+        ]
+        moments, _ = jax.lax.scan(add, moments, blocks)
+    for start in range(whole * BLOCK, rows, BLOCK):
         block = slice(start, start + BLOCK)
-        part = _of_block(x[block], y[block], weight[block], len(moments.xx))
-        moments = merge(moments, part)
+        moments, _ = add(moments, [x[block], y[block], weight[block]])
     return moments
 
 
