@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from jaxprune import trees
 from jaxprune.errors import CheckpointError, first_line
-from jaxprune.frameworks import handle_of
+from jaxprune.frameworks import FunctionHandle, handle_of
 from jaxprune.frameworks.replay import Replayed, replay
 from jaxprune.graph import ChannelGraph
 from jaxprune.records import Plan, Slim
@@ -188,6 +188,11 @@ def save(path: Path, slim: Slim) -> None:
     Raises:
       CheckpointError: it cannot be written; an earlier checkpoint is kept.
     """
+    if not isinstance(slim, Slim):
+        raise CheckpointError(
+            f"expected what jp.prune or jp.shrink returned, found {type(slim).__name__}; "
+            "orbax saves any tree of arrays"
+        )
     record = {
         "format": _FORMAT,
         "plan": slim.plan.to_json(),
@@ -196,6 +201,7 @@ def save(path: Path, slim: Slim) -> None:
         "settings": slim.report.get("settings", ()),
         # Such a function is made of the original's program, not of its source.
         "replayed": isinstance(slim.model, Replayed),
+        "dicts": trees.of_dicts(slim.variables),
     }
 
     def write(partial: pathlib.Path) -> None:
@@ -216,11 +222,12 @@ def load(path: Path, model: Any) -> Slim:
       path: the directory.
       model: the original architecture: a Linen module, or an NNX object of the
         original sizes (its weights are not used). For what `shrink(replay=True)`
-        made, the graph that `trace` returns for the original.
+        made, and for functions of other trees than dicts, the graph that `trace`
+        returns for the original.
 
     Raises:
-      CheckpointError: missing, damaged, of another format, or replayed and `model` is
-        no graph.
+      CheckpointError: missing, damaged, of another format, or `model` is no graph
+        where one is needed.
     """
     found = _existing(path)
     try:
@@ -238,7 +245,8 @@ def load(path: Path, model: Any) -> Slim:
             "with the version that wrote it"
         )
     variables, kept = load_variables(found), Plan.from_json(plan)
-    if isinstance(model, ChannelGraph):
+    given = isinstance(model, ChannelGraph)
+    if given:
         variables = trees.unflatten_like(model.variables, trees.flatten(variables))
         if record.get("replayed"):
             return Slim(replay(model, kept), variables, kept, report)
@@ -251,4 +259,12 @@ def load(path: Path, model: Any) -> Slim:
             "x)), for which shapes of the original variables are enough"
         )
     handle = handle_of(model).rebuild(variables, settings)
+    lost = not given and not record.get("dicts", True)
+    if lost and isinstance(handle, FunctionHandle):
+        raise CheckpointError(
+            f"{found} holds parameters that are no tree of dicts alone: expected the "
+            "graph of the original, which knows their form, found "
+            f"{type(model).__name__}; call jp.load(path, jp.trace(model, variables, "
+            "x)), for which shapes of the original variables are enough"
+        )
     return Slim(handle.model, variables, kept, report)

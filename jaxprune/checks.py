@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,14 @@ def either(first: Rule, second: Rule) -> Rule:
 
 FLAG = Rule("True or False", lambda v: isinstance(v, bool | np.bool_))
 NAME = Rule("a name", lambda v: isinstance(v, str))
+NAMES = Rule(
+    "a list of name patterns",
+    lambda v: (
+        isinstance(v, Collection)
+        and not isinstance(v, str)
+        and all(isinstance(pattern, str) for pattern in v)
+    ),
+)
 SEED = Rule("an integer", lambda v: is_whole(v) and abs(v) < 2**62)
 FUNCTION = Rule("a function", callable)
 SHARE = Rule("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1)

@@ -83,9 +83,16 @@ class KeptIndices(Mapping[str, Mapping[int, np.ndarray]]):
         """A tree of the original shapes, sliced; leaves are found by name.
 
         Raises:
-          PlanError: a listed axis has another length than the original's.
+          PlanError: a listed axis has another length than the original's, or no leaf
+            has a listed name.
         """
         leaves = trees.flatten(tree)
+        if self.kept and not leaves.keys() & self.kept.keys():
+            raise PlanError(
+                f"expected a tree with {next(iter(self.kept))}, found "
+                f"{list(leaves)[:3]}; pass the whole variables, with the collections "
+                "that were traced"
+            )
         for path, axes in self.kept.items():
             shape = jax.numpy.shape(leaves[path]) if path in leaves else None
             for axis, size in self.sizes[path].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +84,9 @@ def shrink_like(
     Raises:
       GraphError: a leaf does not have the shape that `like` asks for.
     """
-    find = _finder(graph, plan, graph.replay if replay is None else replay)
     leaves, result = trees.flatten(tree), {}
+    replay = graph.replay if replay is None else replay
+    find = _finder(graph, plan, list(leaves), replay)
     targets = trees.flatten(like) if like is not None else {}
     for path, leaf in leaves.items():
         found = find(path)
@@ -102,8 +104,17 @@ def shrink_like(
     return trees.unflatten_like(tree, result)
 
 
-def _finder(graph: ChannelGraph, plan: Plan | Mapping[str, Any], replay: bool):
-    """A function path of a leaf -> the variable that it mirrors, or None."""
+def _finder(
+    graph: ChannelGraph,
+    plan: Plan | Mapping[str, Any],
+    paths: Sequence[str],
+    replay: bool,
+):
+    """A function path of a leaf -> the variable that it mirrors, or None.
+
+    A path may end with the names of several variables (Adam's "mu/bias" of a bias at the
+    top, or of a layer "mu"): the part in front with most leaves behind it tells.
+    """
     keep, traced = keep_indices(graph, plan), trees.flatten(graph.variables)
     factors = {} if replay or not keep else _factors(graph, plan)
     # Where two collections have the name, an optimiser means the parameters.
@@ -111,18 +122,26 @@ def _finder(graph: ChannelGraph, plan: Plan | Mapping[str, Any], replay: bool):
     names = {graph.handle.mirror_name(path): path for path in ranked}
     names.update({path: path for path in traced})
 
-    def find(path: str) -> _Mirrored | None:
+    def readings(path: str) -> list[tuple[str, str]]:
+        """(what stands in front, variable), longest names first."""
         parts = path.removesuffix("/value").split("/")  # how nnx.Variables are named
-        for start in range(len(parts)):
-            variable = names.get("/".join(parts[start:]))
-            if variable is not None:
-                power = next(
-                    (-_GRADIENTS[p] for p in parts[:start] if p in _GRADIENTS), 1
-                )
-                shape = tuple(traced[variable].shape)
-                own = keep.get(variable, {}), factors.get(variable, ())
-                return _Mirrored(shape, *own, power)
-        return None
+        split = [
+            ("/".join(parts[:start]), names.get("/".join(parts[start:])))
+            for start in range(len(parts))
+        ]
+        return [(front, name) for front, name in split if name is not None]
+
+    votes = collections.Counter(front for p in paths for front, _ in readings(p))
+
+    def find(path: str) -> _Mirrored | None:
+        found = readings(path)
+        if not found:
+            return None
+        front, variable = max(found, key=lambda reading: votes[reading[0]])
+        powers = [-_GRADIENTS[p] for p in front.split("/") if p in _GRADIENTS]
+        shape = tuple(traced[variable].shape)
+        own = keep.get(variable, {}), factors.get(variable, ())
+        return _Mirrored(shape, *own, next(iter(powers), 1))
 
     return find
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxprune import trees
+from jaxprune.checks import NAME, NAMES, check_values, either
 from jaxprune.collection import uncollected
 from jaxprune.errors import GraphError
 from jaxprune.frameworks import NnxHandle, handle_of
@@ -55,8 +56,10 @@ def trace(
         several (queries, keys and values); `prune` finds such sets itself.
 
     Raises:
+      ConfigError: `ignore` is no list of patterns.
       GraphError: the model does not run on these variables and inputs.
     """
+    check_values({"ignore": ignore}, {"ignore": either(NAME, NAMES)})
     handle = handle_of(model, apply)
     if isinstance(handle, NnxHandle) and x is None:
         variables, x = handle.variables, variables

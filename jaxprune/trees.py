@@ -29,6 +29,13 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
+def of_dicts(tree: Any) -> bool:
+    """Whether all of its inner nodes are dicts, or other mappings."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    keys = (entry for path, _ in leaves for entry in path)
+    return all(isinstance(entry, jax.tree_util.DictKey) for entry in keys)
+
+
 def arrays(tree: Any) -> Any:
     """The tree with arrays for the Python numbers in it."""
     number = bool | int | float | complex

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from zoo import random_batches
+from zoo import make, random_batches
 
 import jaxprune as jp
 from jaxprune.errors import DataError, ScoreError
 from jaxprune.methods.measure import Calibration, cross_entropy
+from jaxprune.methods.relay import measure_moments
+from jaxprune.methods.taps import find_taps
+from jaxprune.stats.moments import covariances
 
 CLASSES = 4
 
@@ -60,6 +63,25 @@ class _OneIterator:
 
     def __iter__(self):
         return self.only
+
+
+@pytest.mark.parametrize("sizes", [(12, 12, 12, 12), (20, 20, 8)])
+def test_sampled_positions_do_not_depend_on_the_split(sizes):
+    model, variables, like = make("vgg_small")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(48, *like.shape[1:])).astype(np.float32)
+    found = []
+    for data in ([x], np.split(x, np.cumsum(sizes)[:-1])):
+        graph = jp.trace(model, variables, data[0])
+        moments = measure_moments(
+            graph, find_taps(graph), variables, variables, Calibration(data),
+            positions=5, seed=3,
+        )  # fmt: skip
+        found.append(moments)
+    for name, whole in found[0].items():
+        one, other = covariances(whole), covariances(found[1][name])
+        np.testing.assert_allclose(other.xx, one.xx, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(other.mean_y, one.mean_y, rtol=1e-3, atol=1e-5)
 
 
 def test_one_iterator_is_read_once_and_another_pass_must_be_the_same():

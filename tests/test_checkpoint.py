@@ -259,6 +259,31 @@ def test_a_replayed_model_opens_with_the_graph_of_the_original(tmp_path):
     )
 
 
+def test_other_trees_than_dicts_need_the_graph(tmp_path):
+    rng = np.random.default_rng(0)
+    params = [
+        (jnp.asarray(rng.normal(size=(5, 8)), jnp.float32), jnp.ones(8)),
+        (jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), jnp.ones(3)),
+    ]
+
+    def apply(params, x):
+        (a, b), (c, d) = params
+        return jnp.tanh(x @ a + b) @ c + d
+
+    x = jnp.ones((2, 5))
+    graph = jp.trace(apply, params, x)
+    slim = jp.shrink(graph, {graph.groups[0].name: [1, 2, 5]})
+    jp.save(tmp_path / "slim", slim)
+    with pytest.raises(CheckpointError, match="no tree of dicts alone"):
+        jp.load(tmp_path / "slim", apply)
+    loaded = jp.load(tmp_path / "slim", graph)
+    assert jax.tree.structure(loaded.variables) == jax.tree.structure(params)
+    with pytest.raises(
+        CheckpointError, match=r"jp\.prune or jp\.shrink returned, found"
+    ):
+        jp.save(tmp_path / "other", {"params": params})
+
+
 def test_a_graph_opens_an_emitted_model_too(tmp_path, model, variables):
     slim = slim_of(model, variables)
     checkpoint.save(tmp_path / "slim", slim)

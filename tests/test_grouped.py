@@ -68,7 +68,7 @@ def test_every_block_is_a_matrix_product(depthwise):
     for tap in taps:
         rows, targets = rows_and_targets(
             tap, graph.records[tap.site].eqn, seen["image"], seen["target"],
-            jax.random.key(0), 5,
+            jax.random.split(jax.random.key(0), len(seen["image"])), 5,
         )  # fmt: skip
         x, y = (np.asarray(a, np.float64)[:, :, tap.part] for a in (rows, targets))
         found = x @ tap.matrix(kernel)

@@ -294,6 +294,38 @@ def test_an_optimiser_mirrors_the_parameters_and_no_other_collection():
     assert jax.tree.map(jnp.shape, small.mu) == want
 
 
+def test_leaves_are_told_apart_by_what_stands_in_front_of_all():
+    """Adam's "mu/bias" is not the bias of the layer "mu"."""
+    rng = np.random.default_rng(0)
+    params = {
+        "mu": {"kernel": rng.normal(size=(5, 12)), "bias": rng.normal(size=12)},
+        "out": rng.normal(size=(12, 12)),
+        "bias": rng.normal(size=12),
+    }
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+
+    def apply(p, x):
+        h = jax.nn.relu(x @ p["mu"]["kernel"] + p["mu"]["bias"])
+        return h @ p["out"] + p["bias"]
+
+    graph = jp.trace(apply, params, jnp.ones((2, 5)))
+    (group,) = graph.groups
+    slim = jp.shrink(graph, {group.name: np.arange(0, 12, 2)})
+    _, state = optax.scale_by_adam().update(params, optax.scale_by_adam().init(params))
+    small = jp.shrink_like(graph, slim.plan, state)
+    want = jax.tree.map(lambda a: 0.1 * a, slim.variables)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), small.mu, want
+    )
+
+
+def test_indices_are_of_whole_variables():
+    graph, _, slim, _ = _pruned()
+    kept = jp.kept_indices(graph, slim.plan)
+    with pytest.raises(PlanError, match="expected a tree with .*/.*, found"):
+        kept.take(graph.variables["params"])
+
+
 def test_training_goes_on_where_it_was():
     """Dead channels go mid-training: the loss curve of the slim run is the same."""
     rng = np.random.default_rng(0)

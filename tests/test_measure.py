@@ -123,7 +123,7 @@ def test_taps_are_matrix_products(name):
             graph.records[tap.site].eqn,
             operands[tap.image],
             results[0],
-            jax.random.key(0),
+            jax.random.split(jax.random.key(0), len(operands[tap.image])),
             5,
         )
         found = np.asarray(rows[:, :, 0], np.float64) @ tap.matrix(leaves[tap.path])

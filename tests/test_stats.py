@@ -215,6 +215,10 @@ def test_sampled_positions_are_distinct_and_seeded():
     assert some.shape == (10, 2) and len(np.unique(some, axis=0)) == 10
     assert some.max(0)[0] < 6 and some.max(0)[1] < 7
     np.testing.assert_array_equal(some, sample_positions(key, (6, 7), 10))
+    drawn = [sample_positions(k, (3, 5), 4) for k in jax.random.split(key, 4000)]
+    counts = np.zeros((3, 5))
+    np.add.at(counts, tuple(np.concatenate(drawn).T), 1)
+    np.testing.assert_allclose(counts / 4000, 4 / 15, atol=0.03)  # 4 deviations
     every = np.asarray(sample_positions(key, (2, 3), 99))
     assert every.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
 

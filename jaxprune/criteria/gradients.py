@@ -3,6 +3,11 @@
 For a gate b_c = 1 that multiplies channel c's parameters, dL/db_c = <w_c, dL/dw_c>:
 no hooks in the model are needed. Scaling a norm's input kernel leaves that product as
 it is, so none of these depends on the arbitrary scale of layers before a BatchNorm.
+
+With all roles, the default, the gate multiplies the channel wherever it is made, shifted
+and read, as in Torch-Pruning: a channel of a convolution, a BatchNorm and a consumer
+counts about three times, in a square about nine times, what it does with a gate on its
+activation alone, which the papers mean. That one is `roles=CONSUMERS`, exactly.
 """
 
 from __future__ import annotations
@@ -78,7 +83,8 @@ def fisher(
     """(C,): 1/2 mean over examples of (sum of w * dL_i/dw)^2.
 
     The diagonal Fisher information of the channel's gate, Theis et al. 2018
-    (arXiv:1801.05787): the second-order loss of removing the channel.
+    (arXiv:1801.05787): with `roles=CONSUMERS` the second-order loss of removing the
+    channel.
     """
     gates = gate_gradients(group, leaves, example_grads, roles=roles)
     return 0.5 * jnp.square(gates).mean(0)

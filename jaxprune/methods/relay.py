@@ -105,10 +105,14 @@ class Relay:
         uses = list({tap.site: tap for tap in taps}.values())
         sums = {tap.path: _zeros(tap, second) for tap in uses}
         step = jax.jit(self._step(uses), donate_argnums=0)
-        leaves, key = jax.tree.leaves(current), jax.random.key(seed)
-        for number, (states, weight) in enumerate(self._batches()):
-            batch_key = jax.random.fold_in(key, number)
-            sums = step(sums, self._original, leaves, states, weight, batch_key)
+        leaves, key, seen = jax.tree.leaves(current), jax.random.key(seed), 0
+        for states, weight in self._batches():
+            # By number, so that the split into batches does not matter.
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                key, np.arange(seen, seen + weight.size)
+            )
+            sums = step(sums, self._original, leaves, states, weight, keys)
+            seen += int(np.sum(weight))
         blocks = {t.path: jax.device_get(sums[t.path]) for t in uses if t.parts > 1}
         return {
             tap.name: _block(blocks.get(tap.path, sums[tap.path]), tap) for tap in taps
@@ -174,7 +178,7 @@ class Relay:
             self._program.run(variables, state, self._start, stop, after)
             return read, made
 
-        def step(moments, original, current, states, weight, key):
+        def step(moments, original, current, states, weight, keys):
             first, targets = capture(original, states[0])
             second, _ = capture(current, states[1])
             result = dict(moments)
@@ -187,7 +191,7 @@ class Relay:
                     self._program.steps[number].eqn,
                     second[tap.site][tap.image],
                     target,
-                    jax.random.fold_in(key, number),
+                    jax.vmap(jax.random.fold_in, (0, None))(keys, number),
                     self._positions,
                 )
                 weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)

@@ -306,7 +306,7 @@ def rows_and_targets(
     eqn: jex.JaxprEqn,
     image: jax.Array,
     target: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     positions: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """X (B, P, parts, R) and Y (B, P, parts, N) at sampled positions of every example.
@@ -316,11 +316,11 @@ def rows_and_targets(
     Args:
       image: the operand that the kernel reads, in the current network.
       target: the result of the equation in the original network.
-      key: for the positions, drawn anew per batch and shared by its examples.
+      keys: (B,), for the positions of each example.
       positions: P; None for all.
     """
     if eqn.primitive.name == "conv_general_dilated":
-        return _conv_rows(tap, eqn, image, target, key, positions)
+        return _conv_rows(tap, eqn, image, target, keys, positions)
     contract = eqn.params["dimension_numbers"][0][tap.image]
     free = [d for d in range(image.ndim) if d not in contract]
     x = jnp.transpose(image, (*free, *contract))
@@ -330,18 +330,21 @@ def rows_and_targets(
         target = jnp.moveaxis(target, range(made), range(-made, 0))
     x = x.reshape(lead[0], -1, 1, tap.rows)
     y = target.reshape(lead[0], -1, 1, tap.outputs)
-    chosen = patches.sample_positions(key, x.shape[1:2], positions)[:, 0]
-    return x[:, chosen], y[:, chosen]
+    chosen = patches.example_positions(keys, x.shape[1:2], positions)[..., 0]
+    if chosen.ndim == 1:  # all
+        return x, y
+    chosen = chosen[:, :, None, None]
+    return jnp.take_along_axis(x, chosen, 1), jnp.take_along_axis(y, chosen, 1)
 
 
-def _conv_rows(tap: Tap, eqn, image, target, key, positions):
+def _conv_rows(tap: Tap, eqn, image, target, keys, positions):
     params = eqn.params
     numbers = params["dimension_numbers"]
     lhs, out = numbers.lhs_spec, numbers.out_spec
     image = jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1]))
     target = jnp.transpose(target, (out[0], *out[2:], out[1]))
     rhs = eqn.invars[1].aval.shape
-    chosen = patches.sample_positions(key, target.shape[1:-1], positions)
+    chosen = patches.example_positions(keys, target.shape[1:-1], positions)
     x = patches.gather_patches(
         image,
         chosen,

@@ -11,12 +11,13 @@ from __future__ import annotations
 import fnmatch
 import heapq
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxprune.checks import (
+    NAMES,
     SHARE,
     Rule,
     by_pattern,
@@ -39,14 +40,7 @@ LIMIT_RULES: dict[str, Rule] = {
     "min_keep": either(whole(1), by_pattern(whole(1))),
     "min_ratio": number(0, 1),
     "overrides": optional(by_pattern(SHARE)),
-    "ignore": Rule(
-        "a list of name patterns",
-        lambda v: (
-            isinstance(v, Collection)
-            and not isinstance(v, str)
-            and all(isinstance(pattern, str) for pattern in v)
-        ),
-    ),
+    "ignore": NAMES,
 }
 
 

@@ -6,14 +6,14 @@ from jaxprune.stats.activations import (
     Histogram,
 )
 from jaxprune.stats.moments import Moments
-from jaxprune.stats.patches import gather_patches, gather_positions, sample_positions
+from jaxprune.stats.patches import example_positions, gather_patches, gather_positions
 
 __all__ = [
     "ActivationStats",
     "Comoments",
     "Histogram",
     "Moments",
+    "example_positions",
     "gather_patches",
     "gather_positions",
-    "sample_positions",
 ]

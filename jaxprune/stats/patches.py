@@ -68,7 +68,9 @@ def gather_positions(y: jax.Array, positions: jax.Array) -> jax.Array:
 def sample_positions(
     key: jax.Array, out_spatial: Sequence[int], count: int | None
 ) -> jax.Array:
-    """Int (P, nd): distinct positions of an output map, in raster order.
+    """Int (P, nd): distinct positions of an output map, each as likely as any other.
+
+    One of each of P equal runs in raster order, from a random start on.
 
     Args:
       count: P; None, or at least the number of positions, takes all of them once.
@@ -77,5 +79,22 @@ def sample_positions(
     if count is None or count >= total:
         flat = jnp.arange(total)
     else:
-        flat = jnp.sort(jax.random.choice(key, total, (count,), replace=False))
+        starts = np.arange(count + 1) * total // count
+        first, within = jax.random.split(key)
+        step = jax.random.randint(within, (count,), 0, np.diff(starts))
+        shift = jax.random.randint(first, (), 0, total)
+        flat = (starts[:-1] + step + shift) % total
     return jnp.stack(jnp.unravel_index(flat, tuple(out_spatial)), axis=-1)
+
+
+def example_positions(
+    keys: jax.Array, out_spatial: Sequence[int], count: int | None
+) -> jax.Array:
+    """`sample_positions` of every example, (B, P, nd), or (P, nd) where all are taken.
+
+    Args:
+      keys: (B,), one for each example.
+    """
+    if count is None or count >= math.prod(out_spatial):
+        return sample_positions(keys[0], out_spatial, None)
+    return jax.vmap(lambda key: sample_positions(key, out_spatial, count))(keys)
