@@ -257,7 +257,12 @@ def _network(operation):
     return apply
 
 
+GATHERED = "gather" in str(jax.make_jaxpr(lambda x: x[::2])(jnp.zeros(4)))
+
+
 def _case(name):
+    if GATHERED and name in ("stride_channels", "stride_from_one", "rotate_every_two"):
+        pytest.skip("JAX below 0.9.2 writes strided slices as gathers: replay only")
     operation, expected = OPERATIONS[name]
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 6, 5)), jnp.float32)
