@@ -240,7 +240,7 @@ def test_a_slim_module_is_used_as_the_users_was(attends):
     slim, x = attends
     model, variables = slim.model, slim.variables
     encoded = model.apply(variables, x, method="encode")
-    for method in (_Attends.encode, model.encode):
+    for method in (_Attends.encode, _Attends().encode, model.encode):
         np.testing.assert_array_equal(model.apply(variables, x, method=method), encoded)
     made = model.init(jax.random.key(0), x, method=_Attends.encode)
     assert made["params"]["q"]["kernel"].shape == (6, encoded.shape[-1])

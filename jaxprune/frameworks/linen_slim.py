@@ -72,8 +72,10 @@ class Resized(nn.Module):
 
     @nn.nowrap
     def _own(self, method: Any) -> Any:
-        if method is None or isinstance(method, str | types.MethodType):
+        owner = getattr(method, "__self__", None)
+        if method is None or isinstance(method, str) or isinstance(owner, Resized):
             return method
+        method = getattr(method, "__func__", method)  # the original's, not bound to it
         name = getattr(method, "__name__", "")
         if getattr(type(self.jaxprune_module), name, None) is method:
             return name

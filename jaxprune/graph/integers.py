@@ -77,6 +77,16 @@ def _slice(params: Mapping[str, Any], array: np.ndarray) -> np.ndarray:
     return array[tuple(slice(*bound) for bound in bounds)]
 
 
+COMPARISONS = {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}
+
+
 def _plain(ufunc: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, *arrays: ufunc(*arrays)
 
@@ -107,12 +117,7 @@ _FOLDS: dict[str, Callable[..., Any]] = {
             "and": np.bitwise_and,
             "or": np.bitwise_or,
             "not": np.invert,
-            "lt": np.less,
-            "le": np.less_equal,
-            "gt": np.greater,
-            "ge": np.greater_equal,
-            "eq": np.equal,
-            "ne": np.not_equal,
+            **COMPARISONS,
         }.items()
     },
 }

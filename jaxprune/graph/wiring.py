@@ -15,20 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from jaxprune.graph.integers import COMPARISONS
 from jaxprune.graph.interpret import Site
 from jaxprune.graph.rules.control import CALLS, inner_jaxpr, scan_counts
 
 # A variable of a jaxpr at one call site (sub-jaxprs are shared between sites).
 Key = tuple[Site, Any]
 OPAQUE: Site = (-1,)
-_COMPARISONS = {
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-}
 
 
 @dataclass(eq=False)
@@ -87,7 +80,7 @@ class Wiring:
             literals = [
                 a.val if isinstance(a, jex.Literal) else None for a in eqn.invars
             ]
-            compare = _COMPARISONS.get(eqn.primitive.name)
+            compare = COMPARISONS.get(eqn.primitive.name)
             if compare and not any(v is None or np.ndim(v) for v in literals):
                 known[site[:-1], eqn.outvars[0]] = bool(compare(*literals))
             elif eqn.primitive.name == "select_n":
