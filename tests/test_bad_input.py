@@ -156,7 +156,8 @@ def _several(params, x):
 @pytest.mark.parametrize("outputs", ["logits", ["log*"], lambda out: out["logits"]])
 def test_outputs_frees_what_is_not_picked(outputs):
     params, x = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))}, jnp.ones((4, 3))
-    assert jp.trace(_several, params, x).groups == ()
+    whole = jp.trace(_several, params, x)
+    assert whole.groups == () and "trace(outputs=) names" in whole.explain("a")
     graph = jp.trace(_several, params, x, outputs=outputs)
     assert [group.size for group in graph.groups] == [6]
     plan = random_plan(graph, 3)

@@ -175,6 +175,7 @@ def test_explain_says_what_is_tied_and_why_frozen():
     assert "belongs to group 'conv0'" in first
     assert "params/conv1/kernel axis 2 (consumer)" in first
     assert "output of the model" in graph.explain("params/linear/bias")
+    assert "outputs=" not in graph.explain("params/linear/bias")
     with pytest.raises(GraphError, match="no leaf 'params/conv99/kernel'"):
         graph.explain("params/conv99/kernel")
 

@@ -21,6 +21,7 @@ from jaxprune.graph.describe import describe, explain
 from jaxprune.graph.failures import trace_error
 from jaxprune.graph.interpret import Record, Site, Value, Walk, axis_in_scope
 from jaxprune.graph.pins import (
+    ONE_OF_MANY,
     OUTPUT,
     UNUSED,
     Frozen,
@@ -337,7 +338,7 @@ def build(
     walk.pin_rest()
     for value, fixed in zip(results, fixed_outputs(returned, outputs), strict=True):
         if fixed:
-            walk.pin(value.axes, OUTPUT)
+            walk.pin(value.axes, OUTPUT if len(results) == 1 else ONE_OF_MANY)
     pin_unused(walk, closed, values)
     records = dict(sorted(walk.records.items()))
     roles = channels_lib.roles(atoms, list(records.values()), owners)

@@ -21,6 +21,7 @@ from jaxprune.graph.interpret import Value, Walk
 Outputs = str | Sequence[str] | Callable[[Any], Any] | None
 
 OUTPUT = "it is an output of the model"
+ONE_OF_MANY = f"{OUTPUT}, and trace(outputs=) names those that keep their shapes"
 UNUSED = "the forward pass does not read it"
 
 
