@@ -59,6 +59,7 @@ class Push:
       choices: (operand begun with, operands) of the choices met.
       off: arrays that lack the factor and stay so; what is made of one lacks it once
         more, so that no factor for another passes there.
+      passed: products that lack the factor, by one of their operands.
     """
 
     wiring: Wiring
@@ -70,6 +71,7 @@ class Push:
     parts: dict[Key, list[Region]] = field(default_factory=dict)
     leaves: list[tuple[str, Region]] = field(default_factory=list)
     off: set[Key] = field(default_factory=set)
+    passed: set[Site] = field(default_factory=set)
 
     def into(self, key: Key | None, region: Region) -> bool:
         """True if the part of the array can take the factor; on False the state of
@@ -102,11 +104,23 @@ class Push:
 
     def onward(self, key: Key) -> bool:
         """True if all that reads the array can take its factor from elsewhere: the
-        kernels it is multiplied with, the scales of a norm."""
+        kernels it is multiplied with, the scales of a norm, or what their product is
+        multiplied with next."""
         products: list[tuple[Site, int]] = []
         if not self._products(key, products):
             return False
-        return all(self._push(site, 1 - place, None) for site, place in products)
+        return all(
+            self._push(site, 1 - place, None) or self._beyond(site)
+            for site, place in products
+        )
+
+    def _beyond(self, site: Site) -> bool:
+        """True if what reads a product that lacks the factor can take it; not where
+        both of its operands lack it."""
+        if site in self.passed:
+            return False
+        self.passed.add(site)
+        return self.onward((site[:-1], self.wiring.equations[site].outvars[0]))
 
     def _products(self, key: Key, found: list[tuple[Site, int]]) -> bool:
         """Adds the places at which products read the array, or what layouts make of

@@ -157,6 +157,29 @@ def a_norm_of_length_sqrt_d(x):
     return dense(nn.relu(h * nn.Embed(2, 12, name="scale")(jnp.array(0))), "o", 3)
 
 
+@case(FOLDED)
+def a_norm_of_length_sqrt_d_with_one_plus_its_scale(x):
+    """The sum cannot take the factor; the layers behind the product can."""
+    h = dense(x, "q")
+    h = h / jnp.linalg.norm(h, axis=-1, keepdims=True) * h.shape[-1] ** 0.5
+    h = h * (1 + nn.Embed(2, 12, name="scale")(jnp.array(0)))
+    return dense(h, "o", 3) + dense(h * jnp.tanh(x.sum()), "p", 3)
+
+
+@case(WHOLE)
+def a_square_lacks_the_factor_twice(x):
+    h = jnp.tanh(dense(x, "q"))
+    y = h * h.shape[-1] ** 0.5
+    return dense(y * y, "o", 3)
+
+
+@case(WHOLE)
+def a_product_of_products_lacks_it_twice(x):
+    h = jnp.tanh(dense(x, "q"))
+    y = h * h.shape[-1] ** 0.5
+    return dense(y * jnp.sin(x.sum()) * y, "o", 3)
+
+
 @case(WHOLE)
 def scores_of_directions(x):
     """Nothing follows but a softmax."""
@@ -186,9 +209,9 @@ def inside_a_loop(x):
     return dense(jax.lax.fori_loop(0, 3, step, dense(x, "q")), "o", 3)
 
 
-@case(WHOLE)
+@case(FOLDED)
 def scaled_before_its_own_gate(x):
-    """Each use lacks the factor: a kernel that takes it once makes up for one."""
+    """Each use lacks the factor: the gate's kernel takes it, and the next one's."""
     h = nn.gelu(dense(x, "q"))
     h = h * h.shape[-1] ** -0.5
     return dense(h * dense(h, "g"), "o", 3)
