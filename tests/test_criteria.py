@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxprune as jp
 from jaxprune.criteria import CRITERIA, criterion
 from jaxprune.criteria import activations as act
 from jaxprune.criteria import gradients as grad
@@ -284,6 +285,26 @@ def test_channel_independence_against_numpy(side):
         act.channel_independence(maps), expected, rtol=1e-3, atol=1e-4
     )
     assert abs(float(act.channel_independence(maps)[4])) < 1e-4
+
+
+def test_groups_without_activations_are_named_with_what_keeps_them_whole():
+    def apply(params, x):
+        q, k, v = (x @ params[name] for name in "qkv")
+        weights = jax.nn.softmax(q @ k.swapaxes(1, 2))
+        return jnp.tanh(weights @ v) @ params["out"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"q": (5, 6), "k": (5, 6), "v": (5, 8), "out": (8, 3)}
+    params = {
+        k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
+    }
+    x = rng.normal(size=(4, 7, 5)).astype(np.float32)
+    with pytest.raises(ScoreError, match=r"no activations.* ignore=\['\*q\*'\]"):
+        jp.prune(apply, params, [x], method="entropy", keep=0.5, refit="none")
+    slim = jp.prune(
+        apply, params, [x], method="entropy", keep=0.5, refit="none", ignore=["*q*"]
+    )
+    assert [(name, len(kept)) for name, kept in slim.plan.items()] == [("v", 4)]
 
 
 def test_every_criterion_is_registered_with_its_needs():

@@ -157,9 +157,11 @@ def _activations(graph, variables, data: Calibration, found):
     places = find_places(graph, graph.groups, taps)
     missing = [g.name for g in graph.groups if g.name not in places]
     if missing:
+        layers = sorted({name.partition(".")[0] for name in missing})
         raise ScoreError(
             f"groups {missing[:4]} have no activations of their own (their channels "
-            "are summed away inside a product); score them by weights, such as 'l2'"
+            "are summed away inside a product); take a criterion of weights, such as "
+            f"'l2', or keep them whole: ignore={[f'*{name}*' for name in layers]}"
         )
     sizes = {g.name: g.size for g in graph.groups}
 
