@@ -27,19 +27,20 @@ def paths_within(found: dict[str, Any], variables: Any) -> dict[str, Any]:
     """What was found by path, with the names taken off that stand in front of those of
     the variables: of modules around the one that they belong to.
 
-    Unchanged where some path is of no module with variables.
+    As many names as let most paths be those of modules with variables.
     """
-    known = {""}
+    known = set()
     for leaf in trees.flatten(variables):
         parts = leaf.split("/")[1:-1]
         known |= {"/".join(parts[: k + 1]) for k in range(len(parts))}
     split = {path: path.split("/") if path else [] for path in found}
-    for front in range(max(map(len, split.values()), default=0) + 1):
-        inner = {
+
+    def within(front: int) -> dict[str, Any]:
+        return {
             "/".join(parts[front:]): found[path]
             for path, parts in split.items()
             if len(parts) >= front
         }
-        if inner and known.issuperset(inner):
-            return inner
-    return found
+
+    deepest = max(map(len, split.values()), default=0)
+    return max(map(within, range(deepest + 1)), key=lambda d: len(known & d.keys()))
