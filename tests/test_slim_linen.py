@@ -121,6 +121,28 @@ def test_numbers_follow_whatever_calls_the_module(around):
     assert jp.verify(graph, plan, x) < 1e-5
 
 
+def test_a_slim_module_may_be_applied_within_a_call_of_another(attends):
+    """A program of its own, whose paths are the other's by chance."""
+    slim, x = attends
+
+    class Student(nn.Module):
+        heads: int = 4
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(16, name="q")(x).reshape(*x.shape[:2], self.heads, -1)
+            h = jnp.einsum("bqhd,bkhd->bhqk", h, h).sum(1) @ x
+            return nn.Dense(3, name="out")(h), slim.model.apply(slim.variables, x)
+
+    model = Student()
+    graph = jp.trace(model, random_variables(model, x), x)
+    heads = next(g for g in graph.groups if g.size == 4 and g.name == "q")
+    student = jp.shrink(graph, {heads.name: [1]})
+    assert student.report["settings"] == (("", "heads", 1),)
+    _, found = student.model.apply(student.variables, x)
+    np.testing.assert_allclose(found, slim.model.apply(slim.variables, x), atol=1e-6)
+
+
 def test_a_slim_module_is_used_as_the_users_was(attends):
     slim, x = attends
     model, variables = slim.model, slim.variables

@@ -56,7 +56,7 @@ def following(
     at: path of the slim module, where it is a part of another. If that one is slim
       too, of a later round, its sizes hold.
     """
-    around, set_around = _AROUND.get()
+    around, set_around = _AROUND.get() if at else ({}, {})
     table = {_moved(path, 1, at): shape for path, shape in shapes.rows} | around
     numbers = {(_moved(path, 0, at), name): value for path, name, value in settings}
     numbers |= set_around
