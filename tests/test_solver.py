@@ -306,6 +306,16 @@ def test_a_loud_channel_leaves_the_refit_of_the_others_alone(loud):
     assert len(orders[0] & orders[1]) >= 31
 
 
+def test_a_constant_but_for_rounding_keeps_its_weights():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20000, 6))
+    x[:, 2] = 1 + 1e-6 * rng.normal(size=20000)
+    kernel = rng.normal(size=(6, 3))
+    y = x @ kernel + 0.1 * rng.normal(size=(20000, 3))
+    found = refit(moments_of(x, y), np.ones(6, bool), kernel=kernel)
+    np.testing.assert_allclose(found.kernel[2], kernel[2], atol=1e-3)
+
+
 def test_prior_helps_with_few_samples():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(4000, 60)) @ rng.normal(size=(60, 60)) / 8

@@ -8,11 +8,11 @@ the rest raises its error by
     tr( S W_c^T [(H^-1)_cc]^-1 W_c S )  -  tr( S W0_c^T r_c W0_c S )
 
 with W_c its rows, S = diag(s) the output weights and W0 the prior of the ridge r (a
-diagonal, `refit.row_ridge`), which the refit no longer pays for rows that are gone. The channel of the least rise goes, H^-1
-and W are updated for the rest by block elimination, and so on: Optimal Brain Surgeon
-(Hassibi and Stork 1993) with channels for weights, as in ZipLM (Kurtic, Frantar,
-Alistarh 2023, arXiv:2302.04089, equation 3). The errors are those of `refit`: its
-moments, its ridge, its intercept.
+diagonal, `refit.row_ridge`), which the refit no longer pays for rows that are gone. The
+channel of the least rise goes, H^-1 and W are updated for the rest by block elimination,
+and so on: Optimal Brain Surgeon (Hassibi and Stork 1993) with channels for weights, as
+in ZipLM (Kurtic, Frantar, Alistarh 2023, arXiv:2302.04089, equation 3). The errors are
+those of `refit`: its moments, its ridge, its intercept.
 """
 
 from __future__ import annotations

@@ -51,17 +51,18 @@ def default_ridge(count: float, rows: int) -> float:
 def row_ridge(energies: np.ndarray, ridge: float) -> np.ndarray:
     """r (R,) float64, the ridge of each row.
 
-        r_i = max(ridge, NOISE) min(mean_j min(a_j, LOUD median a), LOUD a_i)
+        r_i = max(ridge min(s, LOUD a_i), NOISE a_i),   s = mean_j min(a_j, LOUD median a)
 
-    energies: a (R,), the diagonal of A. Rows without energy get that of the others.
+    energies: a (R,), the diagonal of A. Rows with less than NOISE s, constants but for
+      rounding, get the whole of s: they stay at the prior.
     """
     alive = energies > 0
     if not alive.any():
         return np.ones(energies.size)
-    limit = LOUD * np.median(energies[alive])
-    scale = np.minimum(energies, limit).mean()
-    capped = np.where(alive, np.minimum(scale, LOUD * energies), scale)
-    return np.maximum(ridge * capped, NOISE * np.where(alive, energies, scale))
+    scale = np.minimum(energies, LOUD * np.median(energies[alive])).mean()
+    capped = np.where(energies > NOISE * scale, LOUD * energies, np.inf)
+    added = ridge * np.minimum(scale, capped)
+    return np.maximum(added, NOISE * np.maximum(energies, scale * (capped == np.inf)))
 
 
 def finite_covariances(moments: Moments, *, centred: bool) -> Covariances:
