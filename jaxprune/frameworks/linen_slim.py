@@ -48,10 +48,10 @@ class Resized(nn.Module):
         with self.jaxprune_following():
             return getattr(self.jaxprune_module, name)(*args, **kwargs)
 
-    def jaxprune_run(self, *args: Any, function: Any, **kwargs: Any) -> Any:
+    def jaxprune_run(self, *args: Any, jaxprune_function: Any, **kwargs: Any) -> Any:
         """Calls a function of the user's module."""
         with self.jaxprune_following():
-            return function(self.jaxprune_module, *args, **kwargs)
+            return jaxprune_function(self.jaxprune_module, *args, **kwargs)
 
     @nn.nowrap
     def jaxprune_following(self) -> contextlib.AbstractContextManager[None]:
@@ -76,11 +76,7 @@ class Resized(nn.Module):
         if method is None or isinstance(method, str) or isinstance(owner, Resized):
             return method
         method = getattr(method, "__func__", method)  # the original's, not bound to it
-        name = getattr(method, "__name__", "")
-        if getattr(type(self.jaxprune_module), name, None) is method:
-            return name
-
-        return functools.partial(Resized.jaxprune_run, function=method)
+        return functools.partial(Resized.jaxprune_run, jaxprune_function=method)
 
     @nn.nowrap
     def clone(self, **updates: Any) -> Resized:
@@ -100,9 +96,8 @@ class Resized(nn.Module):
         if name.startswith("_") or inner is None:
             return super().__getattr__(name)
         held = getattr(kind, name, None)
-        if isinstance(held, property) or name in getattr(
-            kind, "__dataclass_fields__", ()
-        ):
+        read = isinstance(held, property | functools.cached_property)
+        if read or name in getattr(kind, "__dataclass_fields__", ()):
             return self._stated(inner, name)
         if not callable(held):
             return super().__getattr__(name)
