@@ -87,6 +87,17 @@ def moments_of(x: np.ndarray, y: np.ndarray, split: int = 512) -> mom.Moments:
     return m
 
 
+def gate_data(seed=0, samples=600, channels=7, taps=4, outputs=5, present=3):
+    rng = np.random.default_rng(seed)
+    row_channel = np.concatenate([np.tile(np.arange(channels), taps), [-1] * present])
+    rng.shuffle(row_channel)
+    rows = row_channel.size
+    x = np.maximum(rng.normal(0.4, 1, (samples, rows)), 0).astype(np.float32)
+    kernel = rng.normal(size=(rows, outputs)).astype(np.float32)
+    y = x @ kernel + rng.normal(size=(samples, outputs)).astype(np.float32) + 2
+    return x, y, kernel, row_channel, np.abs(rng.normal(size=outputs))
+
+
 def random_variables(model: Any, x: Any, seed: int = 0) -> Any:
     """Random variables; nothing is compiled to make them."""
     rng = np.random.default_rng(seed)
