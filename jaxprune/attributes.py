@@ -85,7 +85,7 @@ def search(
             tries += 1
             found = attempt(rows(changed))
             better = _further(found, now, seen)
-            graph.helped[_key(now, changed, numbers, pairs)] = better
+            graph.helped[_key(graph, now, changed, numbers, pairs)] = better
             if better and tries < _TRIES_IN_ALL:
                 now, numbers = found, changed
                 break
@@ -146,11 +146,19 @@ def _differing(a: Numbers, b: Numbers) -> set[tuple[str, str]]:
     return {key for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
-def _key(now: Attempt, changed: Numbers, numbers: Numbers, pairs: Pairs) -> Any:
+def _key(
+    graph: ChannelGraph, now: Attempt, changed: Numbers, numbers: Numbers, pairs: Pairs
+) -> Any:
+    """What a change is known by: layers of one source and size answer alike."""
     assert now.error is not None
     touched = {path for path, _ in _differing(changed, numbers)}
-    held = frozenset(item for item in changed.items() if item[0][0] in touched)
-    return now.error.site, tuple(pairs), held
+    held = frozenset(
+        (graph.numbers[path][0], name, number)
+        for (path, name), number in changed.items()
+        if path in touched
+    )
+    place = _places(graph, now)[:1] or now.error.site
+    return place, tuple(pairs), held, len(touched) > 1
 
 
 # What is tried ------------------------------------------------------------------------
@@ -165,40 +173,49 @@ def _changes(
     pairs: Pairs,
     idle: set[tuple[str, str]],
 ) -> Iterator[Numbers]:
-    """Numbers to try, the likely ones first; none that failed here before.
+    """Numbers to try, the likely ones first; none that failed in such a place before.
 
     Args:
       idle: numbers that were found to change nothing here, as they are found.
     """
-    known: list[Numbers] = [numbers]
+    near, tried = _near(graph, now), {frozenset(numbers.items())}
+    for known in (True, False):  # first what helped in such a place
+        for change, wide in _likely(graph, near, numbers, pairs, idle):
+            changed = {**numbers, **(_alike(graph, change) if wide else change)}
+            changed = {
+                (path, name): number
+                for (path, name), number in changed.items()
+                if graph.numbers[path][1][name] != number
+            }
+            held = frozenset(changed.items())
+            helped = graph.helped.get(_key(graph, now, changed, numbers, pairs))
+            if held not in tried and helped is (True if known else None):
+                tried.add(held)
+                yield changed
 
-    def new(change: Change, wide: bool) -> Iterator[Numbers]:
-        changed = {**numbers, **(_alike(graph, change) if wide else change)}
-        changed = {
-            (path, name): number
-            for (path, name), number in changed.items()
-            if graph.numbers[path][1][name] != number
-        }
-        key = _key(now, changed, numbers, pairs)
-        if changed not in known and graph.helped.get(key, True):
-            known.append(changed)
-            yield changed
 
-    near = _near(graph, now)
+def _likely(
+    graph: ChannelGraph,
+    near: Mapping[str, list[str]],
+    numbers: Numbers,
+    pairs: Pairs,
+    idle: set[tuple[str, str]],
+) -> Iterator[tuple[Change, bool]]:
+    """(change, whether all modules of the class change alike)"""
     for path in near:  # the module may have followed others of its class
-        yield from new(_as_stated(graph, numbers, path), wide=False)
+        yield _as_stated(graph, numbers, path), False
     single = [
         c for path, names in near.items() for c in _single(graph, path, names, pairs)
     ]
     for wide in (True, False):
         for change in single:
             if not idle & change.keys():
-                yield from new(change, wide)
+                yield change, wide
     for wide in (True, False):
         for a, b in itertools.combinations(single, 2):
             (one,), (two,) = a, b
             if one != two and one[0] == two[0] and not idle & {one, two}:
-                yield from new({**a, **b}, wide)
+                yield {**a, **b}, wide
 
 
 def _as_stated(graph: ChannelGraph, numbers: Numbers, path: str) -> Change:
@@ -259,12 +276,10 @@ def _sizes(graph: ChannelGraph, mask: np.ndarray, site: Site) -> Pairs:
 
 def _near(graph: ChannelGraph, now: Attempt) -> dict[str, list[str]]:
     """Of each class that runs at the difference, innermost first: the module that is
-    the likeliest, by path, and the names of the numbers that are read there."""
+    the likeliest, by path, and the names of the numbers that are read there; and
+    likewise its parts, whose numbers it may read (`self.values.shape[1]`)."""
     assert now.error is not None
-    places = now.places
-    record = graph.records.get(now.error.site)
-    if not places and record is not None:
-        places = tuple(source_places(record.eqn))
+    places = _places(graph, now)
     arrays = arrays_at(graph, now.error.site)
     kinds: dict[type, list[str]] = {}
     for path, (kind, _) in graph.numbers.items():
@@ -273,10 +288,24 @@ def _near(graph: ChannelGraph, now: Attempt) -> dict[str, list[str]]:
     for kind, paths in kinds.items():
         depth, read = names_read(kind, places)
         path = max(paths, key=lambda path: _shared(path, arrays))
-        names = [n for n in graph.numbers[path][1] if _last(n) in read]
-        if names:
-            found.append((depth, path, names))
-    return {path: names for _, path, names in sorted(found)}
+        for other, (_, stated) in graph.numbers.items():
+            owner, _, part = other.rpartition("/")
+            names = [name for name in stated if _last(name) in read]
+            if names and (other == path or (owner == path and part in read)):
+                found.append((depth, other, names))
+    near: dict[str, list[str]] = {}
+    for _, path, names in sorted(found):
+        near[path] = list(dict.fromkeys([*near.get(path, ()), *names]))
+    return near
+
+
+def _places(graph: ChannelGraph, now: Attempt) -> tuple[Place, ...]:
+    """Of the user's frames at the difference, innermost first."""
+    assert now.error is not None
+    record = graph.records.get(now.error.site)
+    if now.places or record is None:
+        return now.places
+    return tuple(source_places(record.eqn))
 
 
 def _last(name: str) -> str:

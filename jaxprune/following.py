@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from jaxprune.alignment import Difference, axis_mask
 from jaxprune.attributes import arrays_at
@@ -15,7 +18,9 @@ from jaxprune.graph import ChannelGraph, Site
 from jaxprune.records import Plan
 
 # In so many layers a group is given up by itself; after that, in all that are left.
-_LAYERS = 3
+_LAYERS = 2
+# Up to so many of those given up are tried again in pairs.
+_DOUBTFUL = 6
 # Raises EmissionError for a plan that cannot be followed.
 Check = Callable[[ChannelGraph, Plan], Any]
 
@@ -27,7 +32,7 @@ def follow(
 
     Where the slim program first differs, one of the groups that meet there is given up,
     the one without which the rest gets furthest: heads and widths that only fit with
-    others. Where that leads nowhere, bisects over the groups that lose channels.
+    others. Where no group meets, bisects over the groups that lose channels.
 
     Args:
       check: by default `align`.
@@ -56,6 +61,8 @@ class _Trial:
     def __init__(self, graph: ChannelGraph, plan: Plan, check: Check):
         self.graph, self.plan, self.check = graph, plan, check
         self.reasons: dict[str, str] = {}
+        self.masks: dict[str, np.ndarray] = {}
+        self.last_sites: dict[str, Site] = {}
 
     def restricted(self, names: Sequence[str]) -> Plan:
         """The plan for these groups; the others are whole."""
@@ -73,13 +80,13 @@ class _Trial:
     ) -> list[str] | None:
         """The groups but for single ones at fault; None where none is found to be."""
         kinds: Counter[Any] = Counter()
-        doubtful: list[list[str]] = []
+        doubtful: list[list[str]] = []  # that got no further, and the one that then did
+        stuck = False
         while isinstance(failure, Difference):
             best: tuple[Any, list[str], EmissionError | None] = ((), [], failure)
             for name in self._suspects(failure.site, good):
-                kind, dropped = kind_of(self.graph, name), [name]
-                if alike or kinds[kind] >= _LAYERS:
-                    dropped = [n for n in good if kind_of(self.graph, n) == kind]
+                wide = alike or kinds[kind_of(self.graph, name)] >= _LAYERS
+                dropped = self._from(failure.site, name, good) if wide else [name]
                 rest = [n for n in good if n not in dropped]
                 error = self.failure_of(rest)
                 site = error.site if isinstance(error, Difference) else ()
@@ -89,20 +96,31 @@ class _Trial:
                 if not best[1] or rank > best[0]:
                     best = rank, dropped, error
             rank, dropped, error = best
-            if not dropped or (error is not None and rank[1] < failure.site):
+            if not dropped:
                 return None
             self.reasons.update(dict.fromkeys(dropped, str(failure)))
-            if error is not None and rank[1] == failure.site:
+            further = error is None or rank[1] > failure.site
+            if not further or stuck:
                 doubtful.append(dropped)
+            stuck = not further
             kinds[kind_of(self.graph, dropped[0])] += 1
             good, failure = [n for n in good if n not in dropped], error
         if failure is not None:
             return None
-        for names in doubtful:  # perhaps another one was at fault
-            if self.failure_of([*good, *names]) is None:
-                good = [*good, *names]
-                for name in names:
-                    del self.reasons[name]
+        return self._take_back(good, doubtful)
+
+    def _take_back(self, good: list[str], doubtful: list[list[str]]) -> list[str]:
+        """`good` with those that fit after all, singly or two together, because others
+        were at fault."""
+        for count in (1, 2) if len(doubtful) <= _DOUBTFUL else (1,):
+            for sets in itertools.combinations(doubtful, count):
+                names = [name for held in sets for name in held]
+                if set(names) & set(good):
+                    continue
+                if self.failure_of([*good, *names]) is None:
+                    good = [*good, *names]
+                    for name in names:
+                        del self.reasons[name]
         return good
 
     def grow(
@@ -128,18 +146,36 @@ class _Trial:
         same = more == good + candidates[:half]
         return self.grow(more, candidates[half:], failure if same else None)
 
+    def _from(self, site: Site, name: str, names: Sequence[str]) -> list[str]:
+        """The group and its like in other layers, but for those that are last used
+        before the site: they fit."""
+        kind = kind_of(self.graph, name)
+        like = (other for other in names if kind_of(self.graph, other) == kind)
+        return [o for o in like if o == name or self._last_site(o) >= site]
+
+    def _last_site(self, name: str) -> Site:
+        if name not in self.last_sites:
+            sites = sorted(self.graph.records, reverse=True)
+            self.last_sites[name] = next((s for s in sites if self._meets(name, s)), ())
+        return self.last_sites[name]
+
+    def _meets(self, name: str, site: Site) -> bool:
+        """Whether channels of the group are used at the site."""
+        record = self.graph.records.get(site)
+        values = () if record is None else (*record.inputs, *record.outputs)
+        if name not in self.masks:
+            self.masks[name] = self.graph.unit_mask(self.restricted([name]))
+        return any(
+            not axis_mask(self.graph, self.masks[name], axis).all()
+            for value in values
+            for axis in value.axes
+            if axis is not None
+        )
+
     def _suspects(self, site: Site, names: Sequence[str]) -> list[str]:
         """Groups whose channels are used at the site; where there is none, those that
         lie in the same modules."""
-        record = self.graph.records.get(site)
-        values = () if record is None else (*record.inputs, *record.outputs)
-        axes = [axis for value in values for axis in value.axes if axis is not None]
-
-        def meets(name: str) -> bool:
-            mask = self.graph.unit_mask(self.restricted([name]))
-            return any(not axis_mask(self.graph, mask, axis).all() for axis in axes)
-
-        found = [name for name in names if meets(name)]
+        found = [name for name in names if self._meets(name, site)]
         if found:
             return found
         modules = {_module(path) for path in arrays_at(self.graph, site)}
