@@ -26,7 +26,7 @@ from jax.extend import core as jex
 from jaxprune.alignment import Difference, kept_shape, same_program
 from jaxprune.attributes import Attempt, Rows, raised_at, search
 from jaxprune.conv import plain_convolutions
-from jaxprune.errors import EmissionError
+from jaxprune.errors import EmissionError, first_line
 from jaxprune.frameworks.stated import merged
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.interpret import source_line
@@ -121,7 +121,7 @@ def _attempt(graph: ChannelGraph, plan: Plan, numbers: Rows) -> Attempt:
     found = Difference(
         "the slim model cannot be traced, because a size in its source did not "
         "follow its arrays, or a comparison of sizes came out otherwise: "
-        f"{str(error).splitlines()[0]}; keep that group whole",
+        f"{first_line(error)}; keep that group whole",
         (len(slim.jaxpr.eqns),),
     )
     found.__cause__ = error

@@ -8,7 +8,7 @@ from typing import Any
 from jaxprune import trees
 from jaxprune.checks import NAME, NAMES, check_values, either
 from jaxprune.collection import uncollected
-from jaxprune.errors import GraphError
+from jaxprune.errors import GraphError, first_line
 from jaxprune.frameworks import NnxHandle, handle_of
 from jaxprune.graph import ChannelGraph, Outputs, build
 
@@ -82,7 +82,7 @@ def trace(
     except Exception as error:
         raise GraphError(
             f"{type(model).__name__} does not run on these variables and inputs: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 

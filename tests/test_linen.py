@@ -201,6 +201,30 @@ def test_a_layer_may_change_its_parameters(replay):
     assert jp.verify(graph, {"a": np.arange(4)}, x) < 1e-5
 
 
+class _FromOthers(nn.Module):
+    """The LRU's: an initialiser whose first argument is no shape but two arrays."""
+
+    @nn.compact
+    def __call__(self, x):
+        one = self.param("one", nn.initializers.normal(), (6,))
+        two = self.param("two", nn.initializers.normal(), (6,))
+        third = self.param("third", lambda _, given: given[0] * given[1], (one, two))
+        return nn.Dense(3)(nn.Dense(6, name="in")(x) * jnp.exp(third) * one * two)
+
+
+def test_a_parameter_may_be_made_from_others():
+    model, x = _FromOthers(), jax.random.normal(jax.random.key(1), (4, 5))
+    graph = jp.trace(model, random_variables(model, x), x)
+    slim = jp.shrink(graph, half_plan(graph))
+    assert (
+        slim.report["left_whole"] == {} and slim.variables["params"]["third"].size == 3
+    )
+    assert tree_shapes(slim.model.init(jax.random.key(0), x)) == tree_shapes(
+        slim.variables
+    )
+    assert jp.verify(graph, slim.plan, x) < 1e-5
+
+
 class _OwnArrays(nn.Module):
     """Arrays that the module makes itself, at widths its source states."""
 

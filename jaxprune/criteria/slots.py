@@ -28,6 +28,9 @@ def chosen(
 ) -> dict[str, list[Slot]]:
     """The group's slots of these roles whose array is in `leaves`, by path.
 
+    A group that no kernel makes or reads (learned vectors multiplied entry by entry) has
+    slots of the role "other" alone; they stand for those asked for.
+
     Each (path, axis) appears once, also where a layer is called twice. Statistics are
     not parameters and are never scored: pass the parameters' leaves or gradients only,
     or let `is_parameter` drop what lies in "batch_stats".
@@ -37,6 +40,8 @@ def chosen(
     """
     found: dict[str, list[Slot]] = {}
     seen = set()
+    if all(slot.role == "other" for slot in group.slots):
+        roles = ("other",)
     for slot in group.slots:
         key = (slot.path, slot.axis)
         if slot.role not in roles or key in seen or slot.path not in leaves:

@@ -15,7 +15,9 @@ INFERENCE = {
 }
 
 
-def call_flags(kind: type[Any]) -> dict[str, Any]:
-    """The flags of INFERENCE that the call of this class takes."""
-    taken = inspect.signature(kind.__call__).parameters
+def call_flags(kind: type[Any], inputs: int = 1) -> dict[str, Any]:
+    """The flags of INFERENCE that the call of this class takes beside its inputs."""
+    parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
+    alone = inspect.Parameter.KEYWORD_ONLY
+    taken = {p.name for k, p in enumerate(parameters) if k >= inputs or p.kind is alone}
     return {name: value for name, value in INFERENCE.items() if name in taken}

@@ -43,7 +43,8 @@ class LinenHandle:
         """Outputs of the inference call."""
         if self.apply is not None:
             return self.apply(self.model, variables, *inputs)
-        return self.model.apply(variables, *inputs, **inference_flags(self.model))
+        flags = inference_flags(self.model, len(inputs))
+        return self.model.apply(variables, *inputs, **flags)
 
     @staticmethod
     def is_parameter(path: str) -> bool:
@@ -95,11 +96,15 @@ class LinenHandle:
         return LinenHandle(rebuild(self.model, variables, settings), self.apply)
 
 
-def inference_flags(model: nn.Module) -> dict[str, Any]:
-    """The flags of `flags.INFERENCE` that the module's call takes."""
-    return call_flags(
-        type(model.jaxprune_module if isinstance(model, Resized) else model)
-    )
+def inference_flags(model: nn.Module, inputs: int = 1) -> dict[str, Any]:
+    """The flags of `flags.INFERENCE` that the module's call takes.
+
+    Without those that so many inputs fill already, and those with which the module
+    was made: `nn.merge_param` refuses a second statement.
+    """
+    inner = model.jaxprune_module if isinstance(model, Resized) else model
+    flags = call_flags(type(inner), inputs)
+    return {k: v for k, v in flags.items() if getattr(inner, k, None) is not v}
 
 
 def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Module:

@@ -206,7 +206,7 @@ def _stated(module: nn.Module, name: str, args: tuple[Any, ...]) -> Any:
     first argument, as all of Flax and JAX take it); None otherwise.
     """
     assert module.scope is not None
-    if not args or not isinstance(args[0], tuple | list):
+    if not args or not _is_shape(args[0]):
         return None
     held = module.scope.get_variable("params", name, None)
     leaves = jax.tree_util.tree_leaves(held)
@@ -214,10 +214,16 @@ def _stated(module: nn.Module, name: str, args: tuple[Any, ...]) -> Any:
     return held if shapes == [tuple(args[0])] else None
 
 
+def _is_shape(given: Any) -> bool:
+    """Whether it lists sizes; an initialiser may take a tuple of arrays first."""
+    sizes = given if isinstance(given, tuple | list) else (None,)
+    return all(isinstance(size, int | np.integer) for size in sizes)
+
+
 def _cut(shape: Shape, others: Sequence[Shape]) -> Callable[[Any], Any]:
     def cut(array: Any) -> Any:
         own = unstacked(shape, jnp.shape(array), others)
-        return array if own is None else array[tuple(map(slice, own))]
+        return array[tuple(map(slice, own))] if own else array
 
     return cut
 

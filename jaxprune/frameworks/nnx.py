@@ -118,7 +118,7 @@ class NnxHandle:
     def _call(self, model: Any, *inputs: Any) -> Any:
         if self.apply is not None:
             return self.apply(model, *inputs)
-        return model(*inputs, **call_flags(type(model)))
+        return model(*inputs, **call_flags(type(model), len(inputs)))
 
     def numbers(
         self, variables: Any, *inputs: Any

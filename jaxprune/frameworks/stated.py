@@ -20,6 +20,8 @@ from flax import nnx
 SETTINGS = "jaxprune_settings"
 # How deep settings are looked into, and how many numbers a tuple of widths may have.
 _DEPTH, _MOST = 4, 32
+# What holds arrays and is no settings.
+_HOLDERS = nn.Module | nnx.Pytree | nnx.Variable | nn.meta.AxisMetadata
 
 
 def numbers_of(module: Any) -> dict[str, int]:
@@ -106,6 +108,8 @@ def _keys(value: Any) -> list[str]:
 
 
 def _is_mapping(value: Any) -> bool:
+    if isinstance(value, _HOLDERS):  # a module asked for an attribute may run its setup
+        return False
     return isinstance(value, Mapping) or (
         callable(getattr(value, "items", None)) and hasattr(value, "__getitem__")
     )
@@ -113,6 +117,5 @@ def _is_mapping(value: Any) -> bool:
 
 def _is_settings(value: Any) -> bool:
     """An object that holds values and does nothing: a dataclass, a configuration."""
-    modules = nn.Module | nnx.Pytree | nnx.Variable | nn.meta.AxisMetadata
-    held = isinstance(value, modules | type | jax.Array | np.ndarray | np.dtype)
+    held = isinstance(value, _HOLDERS | type | jax.Array | np.ndarray | np.dtype)
     return hasattr(value, "__dict__") and not (held or callable(value))

@@ -73,31 +73,41 @@ def roles(
     its contracted axes consume, its other axes produce. The features of a gathered
     table (an embedding) produce too. An axis that does both (a tied embedding)
     counts as a producer: zeroing it would silence both uses.
+
+    Where both operands depend on the variables alone (learned positions through a
+    Dense, the factors of a kernel of low rank), the second is the kernel and the first
+    what it reads, as far as no other use says more.
     """
     found: dict[Place, Role] = {}
     first: dict[Place, int] = {}
+    among_variables: list[tuple[Value, Sequence[int], Role, int]] = []
+
+    def places(value: Value, dims: Sequence[int]) -> Iterator[Place]:
+        for axis in (value.axes[dim] for dim in dims):
+            if axis is not None:
+                yield from leaves.owners(base_nodes(atoms, axis))
 
     def mark(value: Value, dims: Sequence[int], role: Role, number: int) -> None:
-        for dim in dims:
-            axis = value.axes[dim]
-            if axis is None:
-                continue
-            for place in leaves.owners(base_nodes(atoms, axis)):
-                first.setdefault(place, number)
-                if found.get(place) != "producer":
-                    found[place] = role
+        for place in places(value, dims):
+            first.setdefault(place, number)
+            if found.get(place) != "producer":
+                found[place] = role
 
     for number, record in enumerate(records):
         if record.name in ("dot_general", "ragged_dot_general"):
             contract, batch, groups = product_dims(record.eqn)
             pure = [value.pure for value in record.inputs[:2]]
             for side, value in enumerate(record.inputs[:2]):
-                if not value.pure or all(pure):
-                    continue
                 used = {*contract[side], *batch[side], *(groups if side else ())}
                 free = [d for d in range(len(value.axes)) if d not in used]
-                mark(value, contract[side], "consumer", number)
-                mark(value, free, "producer", number)
+                if all(pure):
+                    role: Role = "consumer" if side else "producer"
+                    among_variables.append((value, contract[side], role, number))
+                    if side:
+                        among_variables.append((value, free, "producer", number))
+                elif value.pure:
+                    mark(value, contract[side], "consumer", number)
+                    mark(value, free, "producer", number)
         elif record.name == "conv_general_dilated":
             kernel = record.inputs[1]
             spec = record.eqn.params["dimension_numbers"].rhs_spec
@@ -113,6 +123,10 @@ def roles(
                 "producer",
                 number,
             )
+    for value, dims, role, number in among_variables:
+        for place in places(value, dims):
+            if place not in found:
+                found[place], first[place] = role, number
     return found, first
 
 
@@ -299,7 +313,7 @@ def _slots(
 def _name(lead: Slot, taken: set[str]) -> str:
     """The layer that produces the group, made unique by axis, then by number."""
     parts = lead.path.split("/")
-    if len(parts) > 2 and parts[0] == "params":
+    if len(parts) > 1 and parts[0] == "params":
         parts = parts[1:]
     base = "/".join(parts[:-1] if len(parts) > 1 else parts)
     names = [base, f"{base}.{lead.axis}"]
