@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
 from jaxprune.runner import ARGUMENTS, Runner, conv_order, parse_options
 from jaxprune.schedule import removed_shares
 from jaxprune.surgery import shrunk, warn_unread
-from jaxprune.ties import settled, untied
+from jaxprune.ties import linked, settled, untied
 from jaxprune.tracing import trace
 
 
@@ -117,7 +118,7 @@ def prune(
     else:
         graph = trace(model, variables, data.inputs, apply=apply, ignore=ignore)
     original = graph
-    graph, groups, stuck = _prunable(graph)
+    graph, groups, stuck = _prunable(graph, asked is not None and finetune is None)
     run = Runner(
         method, groups, data, loss_fn, asked, seed, chosen, on_progress=on_progress
     )
@@ -127,6 +128,7 @@ def prune(
         bound = budgets.constraint(
             graph, asked, groups, batch=latency_batch, on_progress=on_progress
         )
+        _check_reachable(bound, groups, run.selection, stuck)
     common: dict[str, Any] = {
         "order": conv_order(graph), "ignore": ignore, "verify": verify,
         "on_progress": on_progress,
@@ -204,15 +206,25 @@ def _shares(
 
 
 def _prunable(
-    graph: ChannelGraph,
+    graph: ChannelGraph, together: bool
 ) -> tuple[ChannelGraph, list[Group], dict[str, str]]:
     """The graph, its groups that can shrink, and why the others cannot.
+
+    Args:
+      together: counts are chosen for all groups at once, so that some can be linked.
 
     Raises:
       BudgetError: there is none.
     """
     graph, stuck = settled(graph)
-    groups = [g for g in graph.groups if g.name not in stuck]
+    marks: dict[str, str] = {}
+    if together and stuck:
+        marks, stuck = linked(graph, stuck)
+    groups = [
+        dataclasses.replace(g, linked=marks.get(g.name, ""))
+        for g in graph.groups
+        if g.name not in stuck
+    ]
     if not graph.groups:
         raise BudgetError(
             "no group of channels can be pruned; print(jaxprune.trace(...)) says why:\n"
@@ -230,6 +242,30 @@ def _prunable(
             "jaxprune.trace(..., replay=True)"
         )
     return graph, groups, stuck
+
+
+def _check_reachable(
+    bound: budgets.Constraint,
+    groups: Sequence[Group],
+    selection: Mapping[str, Any],
+    stuck: Mapping[str, str],
+) -> None:
+    """Nothing, if the budget can be met.
+
+    Raises:
+      BudgetError: it cannot; says what stays whole, where that may be why.
+    """
+    try:
+        budgets.check_feasible(bound, groups, selection)
+    except BudgetError as error:
+        if not stuck:
+            raise
+        raise BudgetError(
+            f"{error}. {len(stuck)} groups stay whole, because the model's source does "
+            f"not follow their widths: {list(stuck)[:8]}. Its program can shrink there: "
+            "plan = jaxprune.select(graph, scores, ...) and jaxprune.shrink(graph, plan) "
+            "on graph = jaxprune.trace(..., replay=True)"
+        ) from error
 
 
 def _record(graph: ChannelGraph, plan: Plan) -> dict[str, Any]:

@@ -41,12 +41,15 @@ class Group:
       size: number of channels C.
       slots: every place a channel lives.
       units: int array (C,), the ids of the channels in the graph's unit table.
+      linked: groups of the same mark keep alike shares, because the model's source
+        derives the width of one from that of another; "" for one that stands alone.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     units: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    linked: str = ""
 
     @property
     def producers(self) -> tuple[Slot, ...]:

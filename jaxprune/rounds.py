@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -186,12 +187,16 @@ def step_by_step(
     """
     budgets.check_feasible(bound, groups, run.selection)
     state, steps = begin(graph), []
-    names, here = [group.name for group in groups], bound
+    marks, here = {group.name: group.linked for group in groups}, bound
     for number, limit in enumerate(limits_at(bound.whole, bound.limit, list(shares))):
         started = time.perf_counter()
         if number:
             state = retraced(state, finetune, run.data, ignore)
-            current = [g for g in state.graph.groups if g.name in names]
+            current = [
+                replace(g, linked=marks[g.name])
+                for g in state.graph.groups
+                if g.name in marks
+            ]
             here = budgets.constraint(state.graph, bound.budget, current, batch=batch)
         else:
             current = list(groups)

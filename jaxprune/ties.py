@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,84 @@ def settled(graph: ChannelGraph) -> tuple[ChannelGraph, dict[str, str]]:
     return graph, stuck
 
 
+def linked(
+    graph: ChannelGraph, stuck: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Groups that shrink only at alike shares, and those that still cannot shrink.
+
+    A source that cuts an array by `width // heads`, the width read off its input, follows
+    where the heads stay and their width keeps the share that the input keeps. Proposed
+    for two groups on one axis of an array whose sizes' product is that of a third, which
+    lies on another axis of it; one of the two stays whole, the smaller if that works.
+    Found to hold with one more plan, in which every set keeps a share of its own.
+
+    Args:
+      stuck: of `settled`.
+
+    Returns:
+      {group: mark of its set}, and {group: why it cannot shrink} without them.
+    """
+    for larger in (False, True):
+        whole, sets = _products(graph, stuck, larger)
+        if not sets:
+            continue
+        keep = _probe(graph, set(stuck).difference(*sets))
+        for number, names in enumerate(sets):
+            most = math.gcd(*(graph.group(name).size for name in names))
+            n = max(1, most // 2 - 1 - number % max(1, most // 4))
+            for name in names:
+                keep[name] = np.arange(graph.group(name).size // most * n)
+        for name in whole:
+            keep.pop(name, None)
+        _, left = follow(graph, graph.complete(keep), alike=True)
+        held = [names for names in sets if not names & left.keys()]
+        if held:
+            marks = {name: min(names) for names in held for name in names}
+            why = "it stays whole, so that widths which the source derives can follow"
+            reasons = {name: stuck.get(name, why) for name in whole}
+            others = {**stuck, **reasons, **left}
+            return marks, {n: why for n, why in others.items() if n not in marks}
+    return {}, dict(stuck)
+
+
+def _products(
+    graph: ChannelGraph, stuck: Mapping[str, str], larger: bool
+) -> tuple[set[str], list[set[str]]]:
+    """Groups to be kept whole, and sets of groups that then might follow together.
+
+    Args:
+      larger: of two groups on one axis the larger stays whole.
+    """
+    on: dict[tuple[str, int], list[Group]] = {}
+    for group in graph.groups:
+        for slot in group.slots:
+            members = on.setdefault((slot.path, slot.axis), [])
+            if group not in members:
+                members.append(group)
+    axes: dict[str, list[list[Group]]] = {}
+    for (path, _), members in on.items():
+        axes.setdefault(path, []).append(members)
+
+    def triples() -> Iterator[tuple[Group, Group, Group]]:
+        for pair in on.values():
+            for a, b in itertools.combinations(pair, 2):
+                small, large = sorted((a, b), key=lambda group: group.size)
+                keep, part = (large, small) if larger else (small, large)
+                for path in {slot.path for slot in part.slots}:
+                    for others in axes[path]:
+                        yield from ((keep, part, other) for other in others)
+
+    whole, sets = set(), []
+    for keep, part, other in triples():
+        fits = keep.size * part.size == other.size
+        if fits and part.name in stuck and other.name in stuck:
+            whole.add(keep.name)
+            joined = {part.name, other.name}
+            joined.update(*(s for s in sets if s & joined))
+            sets = [s for s in sets if not s & joined] + [joined]
+    return whole, [names for names in sets if not names & whole]
+
+
 def untied(graph: ChannelGraph, tied: ChannelGraph, plan: Plan) -> Plan:
     """The plan of a graph with groups tied, by the groups of the graph without."""
     kept = dict(plan)
@@ -67,6 +148,12 @@ def _dependent(graph: ChannelGraph, stuck: dict[str, str]) -> dict[str, str]:
     Layers alike keep as many, but for the last of them: so the search for the numbers
     that follow is one for all layers.
     """
+    _, left = follow(graph, graph.complete(_probe(graph, stuck)), alike=True)
+    return left
+
+
+def _probe(graph: ChannelGraph, stuck: Container[str]) -> dict[str, np.ndarray]:
+    """What groups keep to find those that fit one plan: alike in layers alike."""
     groups = [group for group in graph.groups if group.name not in stuck]
     kinds: dict[Any, list[Group]] = {}
     for group in groups:
@@ -75,7 +162,6 @@ def _dependent(graph: ChannelGraph, stuck: dict[str, str]) -> dict[str, str]:
     for number, alike in enumerate(kinds.values()):
         for group in alike:
             another = group is alike[-1] and len(alike) > 1
-            counts[group.name] = 1 + (number + another) % (group.size - 1)
-    plan = graph.complete({name: np.arange(count) for name, count in counts.items()})
-    _, left = follow(graph, plan, alike=True)
-    return left
+            least = 2 if group.size > 3 else 1  # one channel alone broadcasts otherwise
+            counts[group.name] = least + (number + another) % (group.size - least)
+    return {name: np.arange(count) for name, count in counts.items()}

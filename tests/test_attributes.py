@@ -215,52 +215,6 @@ def test_prune_keeps_widths_equal_that_one_number_states(options):
     assert jax.tree.map(jnp.shape, moments) == jax.tree.map(jnp.shape, slim.variables)
 
 
-class WidthOfTheInput(nn.Module):
-    """Swin's attention: a head is as wide as the input's width allows."""
-
-    heads: int = 4
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(16)(x)
-        width = x.shape[-1] // self.heads
-        qkv = nn.Dense(48)(x).reshape(*x.shape[:2], 3, self.heads, width)
-        y = _attend(*jnp.moveaxis(qkv, 2, 0))
-        return nn.Dense(2)(y.reshape(*x.shape[:2], -1))
-
-
-def test_where_three_sizes_do_not_fit_one_group_is_given_up():
-    graph, plan = _traced(WidthOfTheInput())
-    assert [g.size for g in graph.groups] == [16, 4, 4]
-    slim = jp.shrink(
-        graph, plan
-    )  # 8 channels, 2 heads of 2: the source makes 4 of them
-    (left,) = slim.report["left_whole"]
-    assert left != graph.groups[0].name
-    assert jp.verify(graph, slim.plan, X) < 1e-5
-
-
-def test_prune_leaves_alone_what_only_fits_one_plan():
-    """Halves of all fit; other shares of width and input do not, and no number says so."""
-
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = WidthOfTheInput()(x)
-            return nn.Dense(3)(nn.gelu(nn.Dense(24, name="mlp")(x)))
-
-    model = Net()
-    variables = model.init(jax.random.key(1), X)
-    labels = jax.random.randint(jax.random.key(2), X.shape[:2], 0, 3)
-    slim = jp.prune(
-        model, variables, [(X, labels)], loss_fn=_loss, method="l1", params=0.95
-    )
-    assert slim.report["achieved"]["params"] <= 0.95
-    names = ("Dense_0", "Dense_1", "Dense_1.1")
-    assert set(slim.report["left_whole"]) == {f"WidthOfTheInput_0/{n}" for n in names}
-    assert slim.plan["mlp"].size < 24
-
-
 class Widths(NamedTuple):
     hidden: list
     channels: int
@@ -321,24 +275,6 @@ def test_a_module_that_stays_as_it_was_keeps_its_numbers():
     slim = jp.shrink(graph, {group.name: [0, 3, 5]})
     assert slim.report["left_whole"] == {}
     assert slim.report["settings"] == (("folded", "width", 3),)
-
-
-def test_a_size_that_nothing_states_is_left_whole_after_few_traces(monkeypatch):
-    class Literal(nn.Module):
-        other: int = 8
-
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(2)(nn.Dense(8)(x).reshape(-1, 8))
-
-    count = []
-    attempt = jp.check._attempt
-    monkeypatch.setattr(
-        jp.check, "_attempt", lambda *args: count.append(1) or attempt(*args)
-    )
-    graph, plan = _traced(Literal())
-    (group,) = jp.shrink(graph, plan).report["left_whole"].items()
-    assert "did not follow" in group[1] and len(count) <= 4
 
 
 def test_numbers_are_found_and_changed_without_touching_the_original():

@@ -1,6 +1,7 @@
 """Budgets that hold, ties, rounding and caps; allocation against brute force."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,6 +174,47 @@ def test_errors_name_what_is_wrong():
     assert counts == {"conv0": 2, "conv1": 8}
     assert uniform_counts(groups, cost, 1e9) == {"conv0": 4, "conv1": 8}
     assert len(select([], {}, lambda keep: 0.0, 1.0)) == 0
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "global", "isomorphic"])
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_linked_groups_keep_alike_shares(strategy, round_to):
+    sizes = [48, 20, 16, 24]
+    groups = [
+        replace(g, linked="a" if g.size != 20 else "") for g in make_groups(sizes)
+    ]
+    cost = ChainCost(sizes)
+    full = {g.name: g.size for g in groups}
+    for ratio in (0.9, 0.5, 0.3):
+        limit = ratio * cost.full(groups)
+        options = {"strategy": strategy, "round_to": round_to}
+        plan = select(groups, random_scores(groups), cost, limit, **options)
+        kept = {name: indices.size for name, indices in plan.items()}
+        assert cost(plan) <= limit
+        n = kept["conv0"] // 6
+        assert [kept[k] for k in ("conv0", "conv2", "conv3")] == [6 * n, 2 * n, 3 * n]
+        assert all(k % round_to == 0 or k == full[name] for name, k in kept.items())
+        # Neither all that are linked nor the other can take a step more.
+        step = 4 if round_to == 4 else 1
+        parts = {"conv0": 6, "conv2": 2, "conv3": 3}
+        more = {name: np.arange(part * (n + step)) for name, part in parts.items()}
+        assert cost({**plan, **more}) > limit or n == 8
+        more = {"conv1": np.arange(kept["conv1"] + round_to)}
+        assert cost({**plan, **more}) > limit or kept["conv1"] == 20
+
+
+def test_limits_of_linked_groups_meet():
+    groups = [replace(g, linked="a") for g in make_groups([24, 8, 12])]
+    bounds = limits(groups, min_keep={"conv1": 5, "*": 1})
+    assert bounds.low == {"conv0": 18, "conv1": 6, "conv2": 9}
+    bounds = limits(groups, overrides={"conv0": 0.5})
+    assert bounds.low == bounds.high == {"conv0": 12, "conv1": 4, "conv2": 6}
+    bounds = limits(groups, ignore=["conv2"])
+    assert bounds.low == {"conv0": 24, "conv1": 8, "conv2": 12}
+    curves = {g.name: np.linspace(1, 0, g.size + 1) ** 2 for g in groups}
+    cost = ChainCost([24, 8, 12])
+    counts = allocate(groups, curves, cost, 0.5 * cost.full(groups))
+    assert counts["conv0"] == 3 * counts["conv1"] == 2 * counts["conv2"] < 24
 
 
 def test_calls_stay_in_the_hundreds():

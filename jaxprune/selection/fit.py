@@ -50,11 +50,45 @@ class Limits(NamedTuple):
     low: Mapping[str, int]
     high: Mapping[str, int]
     step: int
+    links: Sequence[Link] = ()
 
     def legal(self, name: str, count: int, size: int) -> int:
         """The least legal count that is not below `count`, at most the largest."""
         rounded = min(math.ceil(count / self.step) * self.step, size)
         return int(np.clip(rounded, self.low[name], self.high[name]))
+
+    def all_legal(
+        self, counts: Mapping[str, int], sizes: Mapping[str, int]
+    ) -> dict[str, int]:
+        """As `legal`, of all groups; linked ones at the mean of their shares."""
+        found = {name: self.legal(name, k, sizes[name]) for name, k in counts.items()}
+        for link in self.links:
+            share = np.mean([counts[name] / sizes[name] for name in link.parts])
+            found.update(link.at(float(share) * link.most))
+        return found
+
+
+class Link(NamedTuple):
+    """Groups that keep alike shares: `parts[name] * n` channels each, for one n.
+
+    Attributes:
+      parts: {group: channels for n = 1}.
+      low, high: the least and the largest n.
+      step: n is a multiple of it, or `most`.
+      most: the n at which all are whole.
+    """
+
+    parts: Mapping[str, int]
+    low: int
+    high: int
+    step: int
+    most: int
+
+    def at(self, number: float) -> dict[str, int]:
+        """The counts at the least legal n that is not below `number`."""
+        rounded = math.ceil(math.ceil(number - 1e-9) / self.step) * self.step
+        n = int(np.clip(min(rounded, self.most), self.low, self.high))
+        return {name: part * n for name, part in self.parts.items()}
 
 
 def limits(
@@ -126,7 +160,30 @@ def limits(
                     )
                 low[group.name] = high[group.name] = fixed
                 break
-    return Limits(low, high, round_to)
+    links = _links(groups, low, high, round_to)
+    for link in links:
+        low.update(link.at(link.low))
+        high.update(link.at(link.high))
+    return Limits(low, high, round_to, links)
+
+
+def _links(
+    groups: Sequence[Group], low: Mapping[str, int], high: Mapping[str, int], step: int
+) -> tuple[Link, ...]:
+    sets: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.linked:
+            sets.setdefault(group.linked, []).append(group)
+    found = []
+    for members in sets.values():
+        most = math.gcd(*(group.size for group in members))
+        parts = {group.name: group.size // most for group in members}
+        every = math.lcm(*(step // math.gcd(step, part) for part in parts.values()))
+        least = max(math.ceil(low[name] / part) for name, part in parts.items())
+        least = min(math.ceil(least / every) * every, most)
+        largest = min(high[name] // part for name, part in parts.items())
+        found.append(Link(parts, least, max(least, largest), every, most))
+    return tuple(found)
 
 
 def places(sizes: Iterable[int]) -> np.ndarray:
@@ -146,10 +203,8 @@ def fit(groups, priorities, cost, limit: float, bounds: Limits) -> dict[str, int
 
     def counts(top: int) -> dict[str, int]:
         taken = np.bincount(order[:top], minlength=len(names))
-        return {
-            n: bounds.legal(n, int(k), sizes[n])
-            for n, k in zip(names, taken, strict=True)
-        }
+        wanted = {n: int(k) for n, k in zip(names, taken, strict=True)}
+        return bounds.all_legal(wanted, sizes)
 
     least = counts(0)
     floor = cost(least)
@@ -172,20 +227,28 @@ def fit(groups, priorities, cost, limit: float, bounds: Limits) -> dict[str, int
 def _filled(counts, sizes, priorities, cost, limit: float, bounds: Limits):
     """Counts with single steps added, highest priority first, while they fit."""
     queue = []
+    links = {name: link for link in bounds.links for name in link.parts}
 
     def push(name: str) -> None:
         if counts[name] < bounds.high[name]:
-            priority = priorities[name][counts[name]]
+            group = links[name].parts if name in links else (name,)
+            priority = np.mean([priorities[n][counts[n]] for n in group])
             heapq.heappush(queue, (-priority, list(sizes).index(name), name))
 
+    firsts = {next(iter(link.parts)) for link in bounds.links}
     for name in sizes:
-        push(name)
+        if name not in links or name in firsts:
+            push(name)
     for _ in range(FILL_CALLS):
         if not queue:
             break
         _, _, name = heapq.heappop(queue)
-        larger = bounds.legal(name, counts[name] + 1, sizes[name])
-        if cost({**counts, name: larger}) <= limit:
-            counts[name] = larger
+        if name in links:
+            link = links[name]
+            more = link.at(counts[name] // link.parts[name] + 1)
+        else:
+            more = {name: bounds.legal(name, counts[name] + 1, sizes[name])}
+        if cost({**counts, **more}) <= limit:
+            counts.update(more)
             push(name)
     return counts
