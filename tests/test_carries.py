@@ -10,7 +10,28 @@ import pytest
 from zoo import randomise
 
 import jaxprune as jp
-from jaxprune.frameworks.linen_carries import CELLS
+
+
+class Heads(nn.RNNCellBase):
+    """A cell of the user's, whose carry has the width that it states."""
+
+    features: int
+    heads: int = 2
+
+    @nn.compact
+    def __call__(self, carry, x):
+        h = nn.Dense(self.features)(x).reshape(x.shape[0], self.heads, -1)
+        h = h / (1 + jnp.abs(h).sum(-1, keepdims=True))
+        carry = 0.9 * carry + h.reshape(x.shape[0], self.features)
+        return carry, carry
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        return jnp.zeros((input_shape[0], self.features))
+
+    @property
+    def num_feature_axes(self):
+        return 1
 
 
 class Looped(nn.Module):
@@ -53,11 +74,21 @@ class Convolved(nn.Module):
         return nn.Dense(3)(y.mean((1, 2)))
 
 
-DENSE = [cell for cell in CELLS if cell is not nn.ConvLSTMCell]
+class Wrapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.RNN(Heads(12))(x))
+
+
+DENSE = (
+    nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell, nn.SimpleCell, Heads,
+)  # fmt: skip
+CELLS = (*DENSE, nn.ConvLSTMCell)
 MODELS = [
     *((f"looped {cell.__name__}", Looped(cell), (2, 4, 5)) for cell in DENSE),
     *((f"scanned {cell.__name__}", Scanned(cell), (2, 4, 5)) for cell in DENSE),
     ("convolved", Convolved(), (2, 3, 5, 5, 2)),
+    ("in Flax's RNN", Wrapped(), (2, 4, 5)),
 ]
 
 

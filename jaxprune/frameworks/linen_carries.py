@@ -1,8 +1,8 @@
 """Recurrent cells outside `nn.RNN`: the first carry has the width that the cell has left.
 
 A cell in a loop, or lifted by `nn.scan`, is asked for its carry before it is called.
-Flax does not wrap `initialize_carry`, so no interceptor sees it: the method of Flax's
-cells is replaced while a resized model runs.
+Flax does not wrap `initialize_carry`, so no interceptor sees it: the method is replaced,
+in Flax's cells and the user's, while a resized model runs.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import contextlib
 import contextvars
 import functools
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 
-CELLS: tuple[type[Any], ...] = (
-    nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell, nn.SimpleCell,
-    nn.ConvLSTMCell,
-)  # fmt: skip
+NAME = "initialize_carry"
 _LOCK = threading.Lock()
 _running = 0
 _own: dict[type[Any], Callable[..., Any]] = {}
@@ -36,9 +34,9 @@ def carries_follow(resize: Callable[[nn.Module], None]) -> Iterator[None]:
     global _running
     with _LOCK:
         if not _running:
-            for cell in CELLS:
-                _own[cell] = vars(cell)["initialize_carry"]
-                cell.initialize_carry = _following(_own[cell])
+            for cell in set(_cells(nn.Module)):
+                _own[cell] = vars(cell)[NAME]
+                setattr(cell, NAME, _following(_own[cell]))
         _running += 1
     token = _resize.set(resize)
     try:
@@ -48,8 +46,17 @@ def carries_follow(resize: Callable[[nn.Module], None]) -> Iterator[None]:
         with _LOCK:
             _running -= 1
             if not _running:
-                for cell, method in _own.items():
-                    cell.initialize_carry = method
+                while _own:
+                    cell, method = _own.popitem()
+                    setattr(cell, NAME, method)
+
+
+def _cells(base: type[Any]) -> Iterator[type[Any]]:
+    """The classes of modules below one that make carries by a method of their own."""
+    for kind in base.__subclasses__():
+        if isinstance(vars(kind).get(NAME), types.FunctionType):
+            yield kind
+        yield from _cells(kind)
 
 
 def _following(method: Callable[..., Any]) -> Callable[..., Any]:

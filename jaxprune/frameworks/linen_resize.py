@@ -64,18 +64,22 @@ def following(
     for (path, name), value in numbers.items():
         stated.setdefault(path, []).append((name, value))
 
+    def restate(module: nn.Module) -> None:
+        for name, value in stated.get(path_of(module), ()):
+            state(module, name, value, object.__setattr__)
+
     def follow(next_fun, args, kwargs, context):
         if context.method_name in ("__call__", "setup"):
             resize(context.module, context.method_name, args, kwargs, table)
         # Numbers are the user's modules', and a slim one shows those of what it wraps.
         if context.method_name != "setup" and WRAPPED not in vars(context.module):
-            for name, value in stated.get(path_of(context.module), ()):
-                state(context.module, name, value, object.__setattr__)
+            restate(context.module)
         adopt(context.module, table)
         return next_fun(*args, **kwargs)
 
     def follow_carry(cell: nn.Module) -> None:
         _set(cell, _sizes(cell, None, table))
+        restate(cell)
 
     token = _AROUND.set((table, numbers))
     try:
