@@ -56,8 +56,8 @@ def linked(
 
     A source that cuts an array by `width // heads`, the width read off its input, follows
     where the heads stay and their width keeps the share that the input keeps. Proposed
-    for two groups on one axis of an array whose sizes' product is that of a third, which
-    lies on another axis of it; one of the two stays whole, the smaller if that works.
+    for two groups on one axis of an array whose sizes' product is that of another axis:
+    one of the two stays whole, the smaller if that works.
     Found to hold with one more plan, in which every set keeps a share of its own.
 
     Args:
@@ -103,27 +103,28 @@ def _products(
             members = on.setdefault((slot.path, slot.axis), [])
             if group not in members:
                 members.append(group)
-    axes: dict[str, list[list[Group]]] = {}
+
+    def factors(members: list[Group]) -> Iterator[tuple[int, str, set[str]]]:
+        """(size, group that changes, groups that stay) of what an axis may consist of."""
+        yield from ((group.size, group.name, set()) for group in members)
+        for pair in itertools.combinations(members, 2):
+            part, keep = sorted(pair, key=lambda group: group.size, reverse=not larger)
+            yield part.size * keep.size, part.name, {keep.name}
+
+    axes: dict[str, list[tuple[int, str, set[str]]]] = {}
     for (path, _), members in on.items():
-        axes.setdefault(path, []).append(members)
-
-    def triples() -> Iterator[tuple[Group, Group, Group]]:
-        for pair in on.values():
-            for a, b in itertools.combinations(pair, 2):
-                small, large = sorted((a, b), key=lambda group: group.size)
-                keep, part = (large, small) if larger else (small, large)
-                for path in {slot.path for slot in part.slots}:
-                    for others in axes[path]:
-                        yield from ((keep, part, other) for other in others)
-
-    whole, sets = set(), []
-    for keep, part, other in triples():
-        fits = keep.size * part.size == other.size
-        if fits and part.name in stuck and other.name in stuck:
-            whole.add(keep.name)
-            joined = {part.name, other.name}
-            joined.update(*(s for s in sets if s & joined))
-            sets = [s for s in sets if not s & joined] + [joined]
+        axes.setdefault(path, []).extend(factors(members))
+    whole: set[str] = set()
+    sets: list[set[str]] = []
+    for found in axes.values():
+        for (one, a, keep), (two, b, others) in itertools.combinations(found, 2):
+            kept, joined = keep | others, {a, b}
+            if one != two or not kept or a == b or kept & joined:
+                continue
+            if joined <= stuck.keys():
+                whole |= kept
+                joined.update(*(s for s in sets if s & joined))
+                sets = [s for s in sets if not s & joined] + [joined]
     return whole, [names for names in sets if not names & whole]
 
 

@@ -171,6 +171,18 @@ def test_prune_keeps_alike_shares_where_one_width_is_derived(options):
     assert slim.report["verify_max_abs_error"] < 1e-5
 
 
+def test_prune_links_the_widths_of_heads_on_both_axes_of_an_array():
+    model = GlobalQueries()
+    variables = model.init(jax.random.key(1), X)
+    labels = jnp.zeros(X.shape[:2], int)
+    slim = jp.prune(
+        model, variables, [(X, labels)], loss_fn=_loss, method="l1", macs=0.6
+    )
+    kept = {name: indices.size for name, indices in slim.plan.items()}
+    assert kept["stem.1"] == kept["qkv.1"] < 8 and kept["stem"] == kept["qkv"] == 2
+    assert slim.report["verify_max_abs_error"] < 1e-5
+
+
 def test_what_is_pruned_by_itself_leaves_derived_widths_alone():
     """Layer by layer, and by thresholds, nothing keeps their shares alike."""
     model, variables, batches = _derived()

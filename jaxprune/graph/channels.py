@@ -155,8 +155,14 @@ def build(
     values: Mapping[str, Value],
     role_of: Mapping[Place, Role],
     first_use: Mapping[Place, int],
+    named: Sequence[Group] = (),
 ) -> Channels:
-    """Groups of channels with the same slots and the same part in each reshape."""
+    """Groups of channels with the same slots and the same part in each reshape.
+
+    Args:
+      named: the groups before some of them were tied, whose names they keep; those
+        that were tied have the name of the first of them.
+    """
     late = max(first_use.values(), default=0) + 1
     needs = {
         (path, dim): classes.needs(axis)
@@ -184,12 +190,15 @@ def build(
         start = min(first_use.get((s.path, s.axis), late) for s in slots)
         found.append((start, lead, slots, labels[order]))
     found.sort(key=lambda item: (item[0], item[1].path, item[1].axis))
-    groups, taken, count = [], set(), 0
+    groups, count = [], 0
+    known = {_mark(slot): group.name for group in named for slot in group.slots}
+    taken = set(known.values())
     for _, lead, slots, labels in found:
         units = np.arange(count, count + labels.size)
         count += labels.size
         unit_of[labels] = units
-        name = _name(lead, taken)
+        names = (known[mark] for mark in map(_mark, slots) if mark in known)
+        name = next(names, None) or _name(lead, taken)
         groups.append(Group(name, labels.size, slots, units))
     extended = np.append(unit_of, -1)
     free = {place: extended[table] for place, table in needs.items()}
@@ -308,6 +317,12 @@ def _slots(
         role = role_of.get((path, axis), "other")
         slots.append(Slot(path, axis, stack[:, mine, 1], role))
     return slots
+
+
+def _mark(slot: Slot) -> tuple[str, int, tuple[int, ...], bytes]:
+    """What tells a group's part of an axis from others', in whatever order."""
+    rows = slot.index[np.lexsort(slot.index.T[::-1])]
+    return slot.path, slot.axis, rows.shape, rows.tobytes()
 
 
 def _name(lead: Slot, taken: set[str]) -> str:

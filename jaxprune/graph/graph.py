@@ -359,7 +359,7 @@ def build(
     if tied:
         channels_lib.tie(atoms, classes, channels, tied)
         classes = atoms.solve()
-        channels = channels_lib.build(classes, values, *roles)
+        channels = channels_lib.build(classes, values, *roles, channels.groups)
     return ChannelGraph(
         groups=channels.groups,
         frozen=frozen_axes(atoms, classes, values, channels),
