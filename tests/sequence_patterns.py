@@ -252,3 +252,12 @@ def while_and_cond(x):
     x = jax.lax.cond(x.sum() > 0, lambda v: v * 2, lambda v: v - 1, x)
     x = jax.lax.fori_loop(0, 2, lambda k, v: v + 0.1 * k, x)
     return head(nn.relu(conv(5, "b")(x)))
+
+
+@pattern("filters", "pieces", x=TOKENS)
+def windows_over_channels(x):
+    """Filters pooled in pairs (LEAF) and maxout, written with windows of Flax."""
+    x = nn.Dense(12, name="filters")(x).swapaxes(1, 2)
+    x = 2 * nn.avg_pool(x**2, (2,), (2,)).swapaxes(1, 2)
+    x = nn.Dense(15, name="pieces")(x).swapaxes(1, 2)
+    return head(nn.max_pool(x, (3,), (3,)).swapaxes(1, 2))

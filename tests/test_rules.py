@@ -197,6 +197,18 @@ OPERATIONS = {
         lambda x: lax.reduce_window(
             x, -jnp.inf, lax.max, (1, 1, 2), (1, 1, 2), "VALID"
         ),
+        C // 2,
+    ),
+    "windows_that_share_channels": (
+        lambda x: lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, 1, 2), (1, 1, 1), "VALID"
+        ),
+        0,
+    ),
+    "windows_that_leave_channels_out": (
+        lambda x: lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, 1, 2), (1, 1, 3), "VALID"
+        ),
         0,
     ),
     "gram": (lambda x: x @ jnp.einsum("btc,btd->bcd", x, x), C),

@@ -124,7 +124,8 @@ def ordering(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
 
 def window(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
     """Axes with a window of one pass; the others are positions. Of several operands
-    (a maximum and where it lies) the windows move together."""
+    (a maximum and where it lies) the windows move together. Windows side by side take
+    blocks of channels together (maxout, pairs of filters)."""
     sizes, results = eqn.params["window_dimensions"], eqn.outvars
     why = f"{eqn.primitive.name} at {walk.where} slides over this axis"
     # Behind the operands of the others come initial values.
@@ -139,10 +140,26 @@ def window(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
             for other in met[1:]:
                 axis = walk.atoms.unite(axis, other, why)
             axes.append(axis)
+        elif len(met) == 1 and met[0] is not None and _side_by_side(eqn, dim):
+            outer, inner = walk.atoms.split(met[0], (length, size))
+            walk.atoms.freeze(inner, why)
+            axes.append(outer)
         else:
             walk.pin(met, why)
             axes.append(None)
     return [tuple(axes) for _ in results]
+
+
+def _side_by_side(eqn: jex.JaxprEqn, dim: int) -> bool:
+    """Whether windows on an axis neither overlap nor leave anything out."""
+    params, size = eqn.params, eqn.params["window_dimensions"][dim]
+    plain = (
+        params["window_strides"][dim] == size
+        and tuple(params["padding"][dim]) == (0, 0)
+        and params["base_dilation"][dim] == params["window_dilation"][dim] == 1
+    )
+    lengths = eqn.invars[0].aval.shape[dim], eqn.outvars[0].aval.shape[dim]
+    return plain and lengths[0] == size * lengths[1]
 
 
 def bitcast(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
