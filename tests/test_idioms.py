@@ -9,6 +9,7 @@ from flax import nnx
 from zoo import half_plan, random_variables, tree_shapes
 
 import jaxprune as jp
+from jaxprune.errors import GraphError
 
 X = jax.random.normal(jax.random.key(0), (8, 5, 4))
 LABELS = jnp.arange(8) % 7
@@ -82,6 +83,16 @@ def test_a_flag_is_not_given_twice(given):
     variables = random_variables(Flagged(deterministic=True), X)
     graph = jp.trace(model, variables, X)
     assert jp.verify(graph, half_plan(graph), X) < 1e-5
+
+
+def test_a_flag_among_the_inputs_is_explained():
+    variables = random_variables(Flagged(deterministic=True), X)
+    with pytest.raises(GraphError, match="Python flag among the inputs"):
+        jp.trace(Flagged(), variables, (X, True))
+    found = jp.trace(
+        Flagged(), variables, X, apply=lambda model, v, x: model.apply(v, x, True)
+    )
+    assert [group.size for group in found.groups] == [12]
 
 
 def test_flags_by_name_alone_are_given():

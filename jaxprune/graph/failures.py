@@ -28,13 +28,23 @@ def trace_error(error: Exception, variables: Any, inputs: Any) -> GraphError:
             "the model's shapes or branches depend on the values of arrays, so no "
             f"fixed program can be traced: {said}; expected shapes that follow from "
             "shapes alone. Use jnp.where, lax.cond or a mask of fixed size, or pass "
-            "apply= with a call that leaves that part out"
+            f"apply= with a call that leaves that part out{_flag_hint(inputs)}"
         )
     return GraphError(
         f"the model does not run on these variables and inputs: {said}. Found "
         f"{_shapes(variables)}; inputs {_shapes(inputs)}. Pass the whole tree that "
         "the model's init returned (every collection) and an input of the shape it "
         "was made for, or apply= with the right call"
+    )
+
+
+def _flag_hint(inputs: Any) -> str:
+    flags = (leaf.dtype == bool and not leaf.shape for leaf in jax.tree.leaves(inputs))
+    if not any(flags):
+        return ""
+    return (
+        "; a Python flag among the inputs became an array: state it there instead, "
+        "apply=lambda model, variables, x: model.apply(variables, x, True)"
     )
 
 
