@@ -227,8 +227,9 @@ def _prunable(
     ]
     if not graph.groups:
         raise BudgetError(
-            "no group of channels can be pruned; print(jaxprune.trace(...)) says why:\n"
-            f"{graph}"
+            "no group of channels can be pruned; print(jaxprune.trace(...)) says why. If "
+            "the model returns its features as well, pass apply= with a call that "
+            f"returns what the loss is made of:\n{graph}"
         )
     if not groups:
         reasons = [f"group {name!r}: {text}" for name, text in list(stuck.items())[:8]]
