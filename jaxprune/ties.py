@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,8 +57,8 @@ def linked(
     A source that cuts an array by `width // heads`, the width read off its input, follows
     where the heads stay and their width keeps the share that the input keeps. Proposed
     for two groups on one axis of an array whose sizes' product is that of another axis:
-    one of the two stays whole, the smaller if that works.
-    Found to hold with one more plan, in which every set keeps a share of its own.
+    one of the two stays whole, the smaller if that works. Found to hold with one more
+    plan, in which every set keeps a share of its own.
 
     Args:
       stuck: of `settled`.
@@ -67,36 +67,38 @@ def linked(
       {group: mark of its set}, and {group: why it cannot shrink} without them.
     """
     for larger in (False, True):
-        whole, sets = _products(graph, stuck, larger)
-        if not sets:
-            continue
-        keep = _probe(graph, set(stuck).difference(*sets))
-        for number, names in enumerate(sets):
-            most = math.gcd(*(graph.group(name).size for name in names))
+        links = _products(graph, stuck, larger)
+        names = {name for link in links for name in link.names}
+        keep = _probe(graph, stuck.keys() - names)
+        for number, link in enumerate(links):
+            sizes = {name: graph.group(name).size for name in link.names}
+            most = math.gcd(*sizes.values())
             n = max(1, most // 2 - 1 - number % max(1, most // 4))
-            for name in names:
-                keep[name] = np.arange(graph.group(name).size // most * n)
-        for name in whole:
-            keep.pop(name, None)
-        _, left = follow(graph, graph.complete(keep), alike=True)
-        held = [names for names in sets if not names & left.keys()]
+            keep.update({k: np.arange(size // most * n) for k, size in sizes.items()})
+            keep.update({k: np.arange(graph.group(k).size) for k in link.whole})
+        _, left = follow(graph, graph.complete(keep), alike=True) if links else ({}, {})
+        held = [link for link in links if not link.names & left.keys()]
         if held:
-            marks = {name: min(names) for names in held for name in names}
             why = "it stays whole, so that widths which the source derives can follow"
-            reasons = {name: stuck.get(name, why) for name in whole}
-            others = {**stuck, **reasons, **left}
+            reasons = {name: why for link in held for name in link.whole}
+            marks = {name: min(link.names) for link in held for name in link.names}
+            others = {**reasons, **left, **stuck}
             return marks, {n: why for n, why in others.items() if n not in marks}
     return {}, dict(stuck)
 
 
+class _Link(NamedTuple):
+    """Groups that might follow together where some stay whole."""
+
+    names: set[str]
+    whole: set[str]
+
+
 def _products(
     graph: ChannelGraph, stuck: Mapping[str, str], larger: bool
-) -> tuple[set[str], list[set[str]]]:
-    """Groups to be kept whole, and sets of groups that then might follow together.
-
-    Args:
-      larger: of two groups on one axis the larger stays whole.
-    """
+) -> list[_Link]:
+    """What `linked` tries; of two groups on one axis the `larger` stays whole, or the
+    smaller."""
     on: dict[tuple[str, int], list[Group]] = {}
     for group in graph.groups:
         for slot in group.slots:
@@ -114,18 +116,24 @@ def _products(
     axes: dict[str, list[tuple[int, str, set[str]]]] = {}
     for (path, _), members in on.items():
         axes.setdefault(path, []).extend(factors(members))
-    whole: set[str] = set()
-    sets: list[set[str]] = []
+    links: list[_Link] = []
     for found in axes.values():
         for (one, a, keep), (two, b, others) in itertools.combinations(found, 2):
-            kept, joined = keep | others, {a, b}
-            if one != two or not kept or a == b or kept & joined:
+            names, whole = {a, b}, keep | others
+            if one != two or not whole or a == b or whole & names:
                 continue
-            if joined <= stuck.keys():
-                whole |= kept
-                joined.update(*(s for s in sets if s & joined))
-                sets = [s for s in sets if not s & joined] + [joined]
-    return whole, [names for names in sets if not names & whole]
+            if names <= stuck.keys():
+                met = [link for link in links if link.names & names]
+                links = [link for link in links if link not in met]
+                names.update(*(link.names for link in met))
+                whole = whole.union(*(link.whole for link in met))
+                links.append(_Link(names, whole))
+
+    def can_shrink(link: _Link) -> bool:
+        sizes = (graph.group(name).size for name in link.names)
+        return math.gcd(*sizes) > 1 and not any(link.names & o.whole for o in links)
+
+    return [link for link in links if can_shrink(link)]
 
 
 def untied(graph: ChannelGraph, tied: ChannelGraph, plan: Plan) -> Plan:

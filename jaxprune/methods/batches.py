@@ -160,7 +160,8 @@ def _read(batch: Any, name: str) -> Batch:
     if len(sizes) > 1:
         raise DataError(
             f"{name}: x and y must have one row for each example, found x "
-            f"{shown(inputs)} and y {shown(y)}"
+            f"{shown(inputs)} and y {shown(y)}; what all examples share (the edges of a "
+            "graph) goes into apply=, as a part of the call"
         )
     return Batch(inputs, y, sizes.pop())
 
