@@ -85,6 +85,20 @@ def test_a_flag_is_not_given_twice(given):
     assert jp.verify(graph, half_plan(graph), X) < 1e-5
 
 
+def test_a_flag_that_the_call_demands_is_given():
+    class Demanding(nn.Module):
+        deterministic: bool = True
+
+        @nn.compact
+        def __call__(self, x, deterministic):
+            x = nn.Dropout(0.5)(nn.relu(nn.Dense(12)(x)), deterministic)
+            return nn.Dense(7)(x)
+
+    variables = Demanding().init(jax.random.key(0), X, True)
+    graph = jp.trace(Demanding(), variables, X)
+    assert jp.verify(graph, half_plan(graph), X) < 1e-5
+
+
 def test_a_flag_among_the_inputs_is_explained():
     variables = random_variables(Flagged(deterministic=True), X)
     with pytest.raises(GraphError, match="Python flag among the inputs"):

@@ -97,14 +97,10 @@ class LinenHandle:
 
 
 def inference_flags(model: nn.Module, inputs: int = 1) -> dict[str, Any]:
-    """The flags of `flags.INFERENCE` that the module's call takes.
-
-    Without those that so many inputs fill already, and those with which the module
-    was made: `nn.merge_param` refuses a second statement.
-    """
+    """The flags of `flags.INFERENCE` that the module's call takes beside so many inputs,
+    and with which it was not made."""
     inner = model.jaxprune_module if isinstance(model, Resized) else model
-    flags = call_flags(type(inner), inputs)
-    return {k: v for k, v in flags.items() if getattr(inner, k, None) is not v}
+    return call_flags(type(inner), inputs, inner)
 
 
 def rebuild(model: nn.Module, variables: Any, settings: Settings = ()) -> nn.Module:
