@@ -118,7 +118,8 @@ def prune(
     else:
         graph = trace(model, variables, data.inputs, apply=apply, ignore=ignore)
     original = graph
-    graph, groups, stuck = _prunable(graph, asked is not None and finetune is None)
+    together = asked is not None and (finetune is None or shares is not None)
+    graph, groups, stuck = _prunable(graph, together)
     run = Runner(
         method, groups, data, loss_fn, asked, seed, chosen, on_progress=on_progress
     )

@@ -174,18 +174,14 @@ def step_by_step(
     Fine-tunes between the steps, not after the last.
 
     Args:
-      bound: the final budget, on the original graph.
+      bound: the final budget, on the original graph, which can be met.
       shares: of what is removed in the end, done after each step.
       batch: examples that a latency is of.
 
     Returns:
       The slim network; the proofs' error; and what was asked and achieved at each
       step, as shares of the original, with the predicted latency where one is asked.
-
-    Raises:
-      BudgetError: the final budget cannot be met; found before the first step.
     """
-    budgets.check_feasible(bound, groups, run.selection)
     state, steps = begin(graph), []
     marks, here = {group.name: group.linked for group in groups}, bound
     for number, limit in enumerate(limits_at(bound.whole, bound.limit, list(shares))):

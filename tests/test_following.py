@@ -156,6 +156,13 @@ def _derived():
         {"method": "cpli", "macs": 0.5, "mu": 0.0, "feature_importance": False},
         {"method": "l1", "macs": 0.6, "round_to": 2},
         {"method": "l1", "macs": 0.5, "schedule": "linear", "steps": 2},
+        {
+            "method": "l1",
+            "macs": 0.5,
+            "schedule": "linear",
+            "steps": 2,
+            "finetune": lambda model, variables: variables,
+        },
         {"method": "importance_redundancy", "macs": 0.5},
     ],
 )
