@@ -205,6 +205,12 @@ OPERATIONS = {
         ),
         0,
     ),
+    "as_many_windows_that_share_one_channel": (
+        lambda x: lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, 1, 4), (1, 1, 3), "VALID"
+        ),
+        0,
+    ),
     "windows_that_leave_channels_out": (
         lambda x: lax.reduce_window(
             x, -jnp.inf, lax.max, (1, 1, 2), (1, 1, 3), "VALID"
