@@ -47,11 +47,11 @@ class _Mirrored:
     power: int
 
     def scaled(self, leaf: Any) -> Any:
-        """A leaf of the sliced shape, times the factors."""
+        """A leaf of the sliced shape, times the factors; a gradient takes no offset."""
         if not self.factors or isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        by = multiplier(self.factors, self.kept, len(self.shape))
-        return scaled(leaf, by**self.power)
+        by, plus = multiplier(self.factors, self.kept, len(self.shape))
+        return scaled(leaf, by**self.power, plus if self.power == 1 else 0.0)
 
 
 def shrink_like(

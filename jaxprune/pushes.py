@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,6 +37,12 @@ _SAME = frozenset(
 )
 
 
+def _is_number(atom: Any) -> bool:
+    """True for a literal number that is not zero."""
+    literal = isinstance(atom, jex.Literal) and np.ndim(atom.val) == 0
+    return literal and not is_zero(atom)
+
+
 def _takes_factors(dtype: Any) -> bool:
     """False for quantised arrays: what they are multiplied with is rounded away."""
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize > 1
@@ -48,6 +55,15 @@ def _fills(eqn: Any) -> bool:
     return fills and value is not None and not (value == 0 or np.isnan(value))
 
 
+class Leaf(NamedTuple):
+    """A variable, or a region of it, that takes a factor: with `offset` (1 for the
+    scale of a norm that is read as `1 + scale`), the sum of both takes it."""
+
+    path: str
+    region: Region
+    offset: float = 0.0
+
+
 @dataclass(eq=False)
 class Push:
     """Moves a factor from an array to the variables that it is linear in.
@@ -57,9 +73,11 @@ class Push:
         anew would lose them.
       script: which operand to begin with at the first choices; 0 at later ones.
       choices: (operand begun with, operands) of the choices met.
+      leaves: the variables that take it.
       off: arrays that lack the factor and stay so; what is made of one lacks it once
         more, so that no factor for another passes there.
       passed: products that lack the factor, by one of their operands.
+      against: takes one over the factor.
     """
 
     wiring: Wiring
@@ -69,23 +87,24 @@ class Push:
     choices: list[tuple[int, int]] = field(default_factory=list)
     edges: set[tuple[Site, int, Any]] = field(default_factory=set)
     parts: dict[Key, list[Region]] = field(default_factory=dict)
-    leaves: list[tuple[str, Region]] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
     off: set[Key] = field(default_factory=set)
     passed: set[Site] = field(default_factory=set)
+    against: Push | None = None
 
-    def into(self, key: Key | None, region: Region) -> bool:
-        """True if the part of the array can take the factor; on False the state of
-        this object is as it was."""
+    def into(self, key: Key | None, region: Region, offset: float = 0.0) -> bool:
+        """True if the part of the array, plus the offset, can take the factor; on
+        False the state of this object is as it was."""
         if key is None:
             return False
+        path = self.wiring.leaf.get(key)
         for other in self.parts.get(key, ()):
             if mark(other) == mark(region):
-                return True
+                return path is None or Leaf(path, other, offset) in self.leaves
             if overlap(other, region):
                 return False
         if key in self.off:
             return False
-        path = self.wiring.leaf.get(key)
         if path is not None and not (
             self.is_parameter(path) and _takes_factors(key[1].aval.dtype)
         ):
@@ -93,7 +112,7 @@ class Push:
         before = self._state()
         self.parts.setdefault(key, []).append(region)
         if path is not None:
-            self.leaves.append((path, region))
+            self.leaves.append(Leaf(path, region, offset))
             return True
         maker = self.wiring.maker.get(key)
         whole = maker and self.off.isdisjoint(self.wiring.operands(maker[0]))
@@ -126,30 +145,50 @@ class Push:
         """Adds the places at which products read the array, or what layouts make of
         it; False if anything else reads it."""
         self.off.add(key)
-        for site, place in self.wiring.readers[key]:
-            if site == OPAQUE:
-                return False
-            eqn = self.wiring.equations[site]
-            name = eqn.primitive.name
-            if name in ("mul", "dot_general", "conv_general_dilated"):
-                found.append((site, place))
-            elif (
-                name not in _SAME
-                and name not in _LAYOUTS
-                or not self._products((site[:-1], eqn.outvars[0]), found)
-            ):
-                return False
-        return bool(self.wiring.readers[key])
+        readers = self.wiring.readers[key]
+        return bool(readers) and all(self._product(*edge, found) for edge in readers)
+
+    def _product(self, site: Site, place: int, found: list[tuple[Site, int]]) -> bool:
+        """The same for one reader of an array."""
+        if site == OPAQUE:
+            return False
+        eqn = self.wiring.equations[site]
+        name = eqn.primitive.name
+        if name in ("mul", "dot_general", "conv_general_dilated"):
+            found.append((site, place))
+            return True
+        layout = name in _SAME or name in _LAYOUTS
+        return layout and self._products((site[:-1], eqn.outvars[0]), found)
 
     def closed(self) -> bool:
         """True if nothing reads a scaled part but what was pushed through."""
-        return all(
-            (site, place, mark(region)) in self.edges
-            or (site != OPAQUE and self._misses(site, region))
+        return not self._open()
+
+    def _open(self) -> list[tuple[Site, int, Region]]:
+        """What else reads a scaled part."""
+        return [
+            (site, place, region)
             for key, regions in self.parts.items()
             for region in regions
             for site, place in self.wiring.readers[key]
-        )
+            if (site, place, mark(region)) not in self.edges
+            and (site == OPAQUE or not self._misses(site, region))
+        ]
+
+    def balanced(self) -> bool:
+        """True if all else that reads a scaled array is multiplied with what can take
+        one over the factor, `against`: the last norm, where an embedding is the table
+        of the logits as well."""
+        other = Push(self.wiring, self.records, self.is_parameter)
+        other.off.update(self.parts, self.off)
+        products: list[tuple[Site, int]] = []
+        for site, place, region in self._open():
+            if region is not None or not other._product(site, place, products):
+                return False
+        pushed = all(other._push(site, 1 - place, None) for site, place in products)
+        if pushed and other.closed():
+            self.against = other
+        return self.against is not None
 
     def _misses(self, site: Site, region: Region) -> bool:
         """True if a slice reads none of the region."""
@@ -189,6 +228,23 @@ class Push:
             self.edges.discard(edge)
         return False
 
+    def _plus(self, site: Site, place: int, offset: float) -> bool:
+        """True if the operand is a variable, but for casts and layouts, that can take
+        the factor with that offset."""
+        key = self.wiring.operands(site)[place]
+        if key in self.wiring.leaf:
+            self.edges.add((site, place, mark(None)))
+            return self.into(key, None, offset)
+        if key in self.parts or key in self.off or key not in self.wiring.maker:
+            return False
+        maker, eqn, _ = self.wiring.maker[key]
+        name = eqn.primitive.name
+        if name not in _LAYOUTS and (name not in _SAME or name == "neg"):
+            return False
+        self.edges.add((site, place, mark(None)))
+        self.parts[key] = [None]
+        return self._plus(maker, 0, offset)
+
     def _is_zero(self, site: Site, place: int) -> bool:
         """True if the operand is made of nothing but the literal 0."""
         if is_zero(self.wiring.equations[site].invars[place]):
@@ -221,6 +277,11 @@ class Push:
                     if region is None or reaches(shapes[place], region)
                 ],
             )
+        numbers = [p for p, atom in enumerate(eqn.invars) if _is_number(atom)]
+        if name in ("add", "sub") and numbers:  # 1 + scale, 1 - scale, scale - 1
+            number = float(eqn.invars[numbers[0]].val)
+            offset = number if name == "add" else -number
+            return region is None and self._plus(site, 1 - numbers[0], offset)
         if name in ("add", "sub", "select_n"):
             first = 1 if name == "select_n" else 0
             return all(

@@ -5,8 +5,11 @@ after a query/key width shrinks from D to D', scores are divided by sqrt(D') ins
 sqrt(D). Where the operand of such a factor is linear in some kernels that nothing else
 reads, those kernels (and biases, or the scales of a norm in between) take the factor
 sqrt(D'/D), and the slim model equals the masked original exactly; the calls of a layer
-that is called several times take it together. Where it is not, what its result is
-multiplied with next may take it. Where nothing can, the static check refuses the plan.
+that is called several times take it together. What else reads such a kernel is made up
+for where it is multiplied with something that can take the inverse: the last norm, for
+an embedding that is the table of the logits as well. Where the operand is not linear,
+what its result is multiplied with next may take the factor. Where nothing can, the
+static check refuses the plan.
 """
 
 # JAX types `aval` as its base class, which has no shape, and `val` as no attribute.
@@ -26,17 +29,17 @@ from jaxprune import trees
 from jaxprune.graph import ChannelGraph, Record, Site
 from jaxprune.graph.evaluate import bind
 from jaxprune.graph.wiring import OPAQUE, Key, Scalars, Wiring, scalars
-from jaxprune.pushes import Push
-from jaxprune.regions import Region, mark
+from jaxprune.pushes import Leaf, Push
+from jaxprune.regions import mark
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """What one variable is multiplied with: `by`, on a region of one axis or all."""
+    """What one variable is multiplied with: `by`, on a region of one axis or all; its
+    sum with the leaf's offset is, where the source reads `1 + scale`."""
 
-    path: str
+    leaf: Leaf
     by: float
-    region: Region = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ class Folded:
         """The factors of each variable that has any."""
         found: dict[str, list[Factor]] = {}
         for factor in self.factors:
-            found.setdefault(factor.path, []).append(factor)
+            found.setdefault(factor.leaf.path, []).append(factor)
         return found
 
     @property
@@ -59,7 +62,7 @@ class Folded:
         """What each variable, or the parts of it that are scaled, is multiplied with."""
         parts: dict[tuple[str, Any], float] = {}
         for factor in self.factors:
-            part = factor.path, mark(factor.region)
+            part = factor.leaf.path, mark(factor.leaf.region)
             parts[part] = parts.get(part, 1.0) * factor.by
         return {path: by for (path, _), by in parts.items()}
 
@@ -82,7 +85,9 @@ def fold_constants(
         # A push changes no result, whatever the weights: one may follow another.
         if push is not None:
             by = numbers[0].by
-            factors.extend(Factor(path, by, part) for path, part in push.leaves)
+            factors.extend(Factor(leaf, by) for leaf in push.leaves)
+            if push.against is not None:
+                factors.extend(Factor(leaf, 1 / by) for leaf in push.against.leaves)
             found.extend(numbers)
         return push is not None
 
@@ -158,7 +163,7 @@ def _sharing(
         push = Push(wiring, records, is_parameter)
         if not push.into(number.array, None):
             continue
-        paths, members = {path for path, _ in push.leaves}, [number]
+        paths, members = {leaf.path for leaf in push.leaves}, [number]
         apart = []
         for others, known in found:
             if number.by == known[0].by and paths & others:
@@ -177,32 +182,33 @@ def rescale(kept: Any, folded: Folded, variables: Any) -> Any:
     leaves, changed = trees.flatten(variables), {}
     for path, factors in folded.of_leaves.items():
         if not isinstance(leaf := leaves[path], jax.ShapeDtypeStruct):
-            by = multiplier(factors, kept.get(path, {}), len(leaf.shape))
-            changed[path] = scaled(leaf, by)
+            by, plus = multiplier(factors, kept.get(path, {}), len(leaf.shape))
+            changed[path] = scaled(leaf, by, plus)
     return trees.replace(variables, changed) if changed else variables
 
 
 def multiplier(
     factors: Sequence[Factor], kept: Mapping[int, np.ndarray], rank: int
-) -> np.ndarray:
-    """float64, broadcastable to the sliced variable: what its factors make together."""
-    product = np.ones((1,) * rank)
-    for factor in factors:
-        if factor.region is None:
-            product = product * factor.by
-            continue
-        axis, mask = factor.region
-        mask = mask[kept[rank + axis]] if rank + axis in kept else mask
-        shape = [1] * rank
-        shape[axis] = mask.size
-        product = product * np.where(mask, factor.by, 1.0).reshape(shape)
-    return product
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two float64 arrays, broadcastable to the sliced variable: what it is multiplied
+    with by all of its factors, and what is added then."""
+    product, plus = np.ones((1,) * rank), np.zeros((1,) * rank)
+    for (_, region, offset), by in ((factor.leaf, factor.by) for factor in factors):
+        if region is not None:
+            axis, mask = region
+            mask = mask[kept[rank + axis]] if rank + axis in kept else mask
+            shape = [1] * rank
+            shape[axis] = mask.size
+            by = np.where(mask, by, 1.0).reshape(shape)
+        product, plus = product * by, (plus + offset) * by - offset
+    return product, plus
 
 
-def scaled(leaf: Any, by: np.ndarray) -> jax.Array:
-    """The product, rounded once to the array's own precision."""
+def scaled(leaf: Any, by: np.ndarray, plus: np.ndarray | float = 0.0) -> jax.Array:
+    """The product and what is added, rounded once to the array's own precision."""
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    return (jnp.asarray(leaf, wide) * jnp.asarray(by, wide)).astype(leaf.dtype)
+    product = jnp.asarray(leaf, wide) * jnp.asarray(by, wide)
+    return (product + jnp.asarray(plus, wide)).astype(leaf.dtype)
 
 
 def _differs(old: Any, new: Any) -> bool:
@@ -238,8 +244,8 @@ def _pushed(
     is_parameter: Callable[[str], bool],
     numbers: Sequence[_Number],
 ) -> Push | None:
-    """A push for all of the numbers, which have one factor, that nothing else reads, or
-    None: all choices are tried in turn."""
+    """A push for all of the numbers, which have one factor, that nothing else reads or
+    that a second makes up for, or None: all choices are tried in turn."""
     script: list[int] = []
     for _ in range(_TRIES):
         push = Push(wiring, records, is_parameter, script)
@@ -247,7 +253,7 @@ def _pushed(
         if len(numbers) > 1:  # what one of them scales is not scaled for another
             push.off.update(number.result for number in numbers)
         reached = all(push.into(number.array, None) for number in numbers)
-        if reached and push.closed():
+        if reached and (push.closed() or push.balanced()):
             return push
         choices = push.choices
         while choices and choices[-1][0] + 1 >= choices[-1][1]:

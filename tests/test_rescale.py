@@ -221,3 +221,65 @@ def test_quantised_kernels_take_no_factor(dtype, scaled):
     assert set(slim.report["rescaled"]) == ({"k_scale"} if scaled else set())
     assert len(slim.report["left_whole"]) == (0 if scaled else 1)
     assert jp.verify(graph, slim.plan, x) < 1e-5
+
+
+# What is multiplied with the table of the logits, made of the normed stream.
+LAST = {
+    "scale": lambda p, y: y * p["s"],
+    "1 + scale": lambda p, y: y * (1 + p["s"].reshape(1, 1, -1)),
+    "1 - scale": lambda p, y: y * (1 - p["s"]),
+    "scale - 1": lambda p, y: (p["s"].astype(jnp.float32) - 1.0) * y,
+    "scale and bias": lambda p, y: y * p["s"] + p["b"],
+    "no variable": lambda p, y: y,
+    "two readings": lambda p, y: y * (1 + p["s"]) * p["s"].sum(keepdims=True),
+}
+
+
+def _tied(last):
+    """A language model whose embedding, times the root of its width, is its head too."""
+
+    def normed(x):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+    def apply(p, tokens):
+        x = p["table"][tokens] * jnp.sqrt(p["table"].shape[1])
+        x = x + nn.relu(normed(x) @ p["up"]) @ p["down"]
+        return LAST[last](p, normed(x)) @ p["table"].T
+
+    rng = np.random.default_rng(0)
+    shapes = {"table": (11, 8), "up": (8, 6), "down": (6, 8)}
+    shapes |= {"s": (8,)} if last != "no variable" else {}
+    shapes |= {"b": (8,)} if last == "scale and bias" else {}
+    params = {n: jnp.asarray(rng.normal(size=s), "float32") for n, s in shapes.items()}
+    return apply, params, jnp.asarray(rng.integers(0, 11, (2, 4)))
+
+
+@pytest.mark.parametrize("last", list(LAST))
+def test_a_tied_embedding_takes_the_root_of_its_width(last):
+    apply, params, tokens = _tied(last)
+    graph = jp.trace(apply, params, tokens)
+    plan = {g.name: np.arange(0, g.size, 2) for g in graph.groups}
+    slim = jp.shrink(graph, plan)
+    assert jp.verify(graph, slim.plan, tokens) < 1e-5
+    if last in ("no variable", "two readings"):
+        assert list(slim.report["left_whole"]) == ["table"]
+        return
+    assert slim.report["left_whole"] == {}
+    root, signs = np.sqrt(2), {"1 + scale": 1, "1 - scale": -1, "scale - 1": -1}
+    bias = {"b": pytest.approx(1 / root)} if last == "scale and bias" else {}
+    taken = {"table": pytest.approx(root), "s": pytest.approx(1 / root)}
+    assert slim.report["rescaled"] == taken | bias
+    offset, kept = signs.get(last, 0), np.asarray(params["s"])[::2]
+    expected = (kept + offset) / root - offset
+    np.testing.assert_allclose(slim.variables["s"], expected, rtol=1e-5)
+
+
+def test_copies_take_the_offset_and_moments_do_not():
+    apply, params, tokens = _tied("1 + scale")
+    graph = jp.trace(apply, params, tokens)
+    plan = {g.name: np.arange(0, g.size, 2) for g in graph.groups}
+    slim, state = jp.shrink(graph, plan), {"ema": params, "mu": params, "nu": params}
+    small, kept = jp.shrink_like(graph, plan, state), np.asarray(params["s"])[::2]
+    np.testing.assert_array_equal(small["ema"]["s"], slim.variables["s"])
+    np.testing.assert_allclose(small["mu"]["s"], kept * np.sqrt(2), rtol=1e-5)
+    np.testing.assert_allclose(small["nu"]["s"], kept * 2, rtol=1e-5)
