@@ -9,11 +9,8 @@ in the end the whole of it must, which is the proof: the search itself proves no
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import traceback
-import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +20,7 @@ import numpy as np
 from jaxprune.alignment import Difference, Literals, axis_mask, kept_shape
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.interpret import is_user_file, source_places
+from jaxprune.running import Place, arrays_at, names_read, running
 
 # (path of a module, name of the attribute) -> number.
 Numbers = Mapping[tuple[str, str], int]
@@ -30,8 +28,6 @@ Numbers = Mapping[tuple[str, str], int]
 Rows = tuple[tuple[str, str, int], ...]
 # (full, left) sizes of axes that shrink, in the order in which they are met.
 Pairs = dict[tuple[int, int], None]
-# A place in a source: (file, line).
-Place = tuple[str, int]
 
 # Programs traced to get past one difference, and for one plan.
 _TRIES, _TRIES_IN_ALL = 40, 400
@@ -280,21 +276,22 @@ def _near(graph: ChannelGraph, now: Attempt) -> dict[str, list[str]]:
     likewise its parts, whose numbers it may read (`self.values.shape[1]`)."""
     assert now.error is not None
     places = _places(graph, now)
-    arrays = arrays_at(graph, now.error.site)
+    site = now.error.site
+    arrays = arrays_at(graph, site)
     kinds: dict[type, list[str]] = {}
     for path, (kind, _) in graph.numbers.items():
         kinds.setdefault(kind, []).append(path)
-    found: list[tuple[int, str, list[str]]] = []
+    found: list[tuple[int, int, str, list[str]]] = []
     for kind, paths in kinds.items():
         depth, read = names_read(kind, places)
-        path = max(paths, key=lambda path: _shared(path, arrays))
-        for other, (_, stated) in graph.numbers.items():
-            owner, _, part = other.rpartition("/")
-            names = [name for name in stated if _last(name) in read]
-            if names and (other == path or (owner == path and part in read)):
-                found.append((depth, other, names))
+        for rank, path in enumerate(running(paths, arrays, graph.reads, site)):
+            for other, (_, stated) in graph.numbers.items():
+                owner, _, part = other.rpartition("/")
+                names = [name for name in stated if _last(name) in read]
+                if names and (other == path or (owner == path and part in read)):
+                    found.append((depth, rank, other, names))
     near: dict[str, list[str]] = {}
-    for _, path, names in sorted(found):
+    for *_, path, names in sorted(found):
         near[path] = list(dict.fromkeys([*near.get(path, ()), *names]))
     return near
 
@@ -311,83 +308,3 @@ def _places(graph: ChannelGraph, now: Attempt) -> tuple[Place, ...]:
 def _last(name: str) -> str:
     """The attribute by which a number is read: "widths.2" is an entry of `widths`."""
     return next(part for part in reversed(name.split(".")) if not part.isdigit())
-
-
-def arrays_at(graph: ChannelGraph, site: Site) -> list[str]:
-    """Names of the arrays whose channels are used at the site."""
-    record = graph.records.get(site)
-    if record is None:
-        return []
-    label = graph.classes.label
-    nodes = [a for v in (*record.inputs, *record.outputs) for a in v.axes]
-    used = np.unique(np.concatenate([label[a] for a in nodes if a is not None] or [[]]))
-    return [
-        name
-        for name, value in graph.leaves.items()
-        if any(np.isin(label[a], used).any() for a in value.axes if a is not None)
-    ]
-
-
-def _shared(path: str, names: list[str]) -> int:
-    """How many parts a module's path has in common with one of the arrays'."""
-    parts = path.split("/")
-    most = 0
-    for name in names:
-        held = name.removeprefix("params/").split("/")
-        alike = (a == b for a, b in zip(parts, held, strict=False))
-        most = max(most, sum(itertools.takewhile(bool, alike)))
-    return most
-
-
-def names_read(kind: type, places: tuple[Place, ...]) -> tuple[int, frozenset[str]]:
-    """(how far out, names) of what the methods of a class read at places of its source.
-
-    How far out is the number of the first place that lies in one of its methods. The
-    names are those in these methods, and in the properties and methods they use.
-    """
-    codes = _codes(kind)
-    first, found = len(places), set()
-    for number, (file, line) in enumerate(places):
-        for start, end, name, where, _ in codes:
-            if where == file and start <= line <= end:
-                first = min(first, number)
-                found.add(name)
-    names: set[str] = set()
-    while found:
-        method = found.pop()
-        new = {n for _, _, name, _, read in codes if name == method for n in read}
-        found |= {name for _, _, name, _, _ in codes if name in new - names}
-        names |= new
-    return first, frozenset(names)
-
-
-@functools.lru_cache(maxsize=1024)
-def _codes(kind: type) -> tuple[tuple[int, int, str, str, frozenset[str]], ...]:
-    """(first line, last, name, file, names that it reads) of each method and property of
-    a class and of the user's it derives from."""
-    found = []
-    for base in kind.__mro__:
-        for name, held in vars(base).items():
-            for inner in ("fget", "__func__", "func"):  # (cached) properties, methods
-                held = getattr(held, inner, held)
-            code = getattr(inspect.unwrap(held), "__code__", None)
-            if isinstance(code, types.CodeType) and is_user_file(code.co_filename):
-                lines = [
-                    line for c in _nested(code) for *_, line in c.co_lines() if line
-                ]
-                names = frozenset(name for c in _nested(code) for name in _names(c))
-                start = code.co_firstlineno
-                found.append((start, max(lines), name, code.co_filename, names))
-    return tuple(found)
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """Attributes, and keys of mappings."""
-    return [*code.co_names, *(key for key in code.co_consts if isinstance(key, str))]
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _nested(constant)

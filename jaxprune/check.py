@@ -73,6 +73,10 @@ def slim_handle(graph: ChannelGraph, plan: Plan, small: Any, numbers: Rows = ())
         ) from error
 
 
+# Plans whose check is kept.
+_REMEMBERED = 16
+
+
 def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
     """The static check of the plan, and the numbers in which its program differs.
 
@@ -88,7 +92,10 @@ def align(graph: ChannelGraph, plan: Plan | Mapping[str, Any]) -> Aligned:
         return known
     numbers, literals = search(graph, mask, functools.partial(_attempt, graph, plan))
     found = replace(_explain(graph, mask, literals), numbers=numbers)
-    graph.aligned.clear()  # the last plan is asked for again, by the proof
+    # Asked for again by the proof, and where the best of several plans is taken: what
+    # was learned from others since then could lead the search elsewhere.
+    while len(graph.aligned) >= _REMEMBERED:
+        del graph.aligned[next(iter(graph.aligned))]
     graph.aligned[mask.tobytes()] = found
     return found
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from jaxprune.alignment import Difference, axis_mask
-from jaxprune.attributes import arrays_at
 from jaxprune.check import align
 from jaxprune.errors import EmissionError
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.records import Plan
+from jaxprune.running import arrays_at
 
 # In so many layers a group is given up by itself; after that, in all that are left.
 _LAYERS = 2
@@ -50,6 +50,24 @@ def follow(
     return trial.restricted(good), trial.reasons
 
 
+def fits(graph: ChannelGraph, plan: Plan) -> bool:
+    """True if the model follows all of the plan."""
+    try:
+        align(graph, plan)
+    except EmissionError:
+        return False
+    return True
+
+
+def nearly(graph: ChannelGraph, plan: Plan, most: int) -> dict[str, str] | None:
+    """The groups that the model cannot follow, alike in all layers, and why; None where
+    they are of more than so many kinds."""
+    trial = _Trial(graph, plan, align)
+    changed = [n for n, kept in plan.items() if kept.size < plan.sizes[n]]
+    good = trial.give_up(changed, trial.failure_of(changed), True, most)
+    return None if good is None else trial.reasons
+
+
 def kind_of(graph: ChannelGraph, name: str) -> tuple[str, int]:
     """What the groups of a name in all layers of a network have in common."""
     return re.sub(r"\d+", "#", name), graph.group(name).size
@@ -76,13 +94,20 @@ class _Trial:
         return None
 
     def give_up(
-        self, good: list[str], failure: EmissionError | None, alike: bool
+        self,
+        good: list[str],
+        failure: EmissionError | None,
+        alike: bool,
+        most: int | None = None,
     ) -> list[str] | None:
-        """The groups but for single ones at fault; None where none is found to be."""
+        """The groups but for single ones at fault; None where none is found to be, or
+        more than so many kinds are."""
         kinds: Counter[Any] = Counter()
         doubtful: list[list[str]] = []  # that got no further, and the one that then did
         stuck = False
         while isinstance(failure, Difference):
+            if len(kinds) == most:
+                return None
             best: tuple[Any, list[str], EmissionError | None] = ((), [], failure)
             for name in self._suspects(failure.site, good):
                 wide = alike or kinds[kind_of(self.graph, name)] >= _LAYERS

@@ -27,7 +27,7 @@ from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
 from jaxprune.runner import ARGUMENTS, Runner, conv_order, parse_options
 from jaxprune.schedule import removed_shares
 from jaxprune.surgery import shrunk, warn_unread
-from jaxprune.ties import linked, settled, untied
+from jaxprune.ties import settled, untied
 from jaxprune.tracing import trace
 
 
@@ -217,10 +217,7 @@ def _prunable(
     Raises:
       BudgetError: there is none.
     """
-    graph, stuck = settled(graph)
-    marks: dict[str, str] = {}
-    if together and stuck:
-        marks, stuck = linked(graph, stuck)
+    graph, marks, stuck = settled(graph, together)
     groups = [
         dataclasses.replace(g, linked=marks.get(g.name, ""))
         for g in graph.groups
@@ -243,7 +240,7 @@ def _prunable(
             "graph, scores, ...) and jaxprune.shrink(graph, plan) on graph = "
             "jaxprune.trace(..., replay=True)"
         )
-    return graph, groups, stuck
+    return graph, groups, dict(stuck)
 
 
 def _check_reachable(

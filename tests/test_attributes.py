@@ -14,7 +14,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import jaxprune as jp
-from jaxprune.attributes import names_read
+from jaxprune.running import names_read
 from jaxprune.errors import GraphError
 from jaxprune.frameworks.stated import numbers_of, with_number
 

@@ -233,3 +233,46 @@ def test_a_size_that_nothing_states_is_left_whole_after_few_traces(monkeypatch):
     graph, plan = _traced(Literal())
     (group,) = jp.shrink(graph, plan).report["left_whole"].items()
     assert "did not follow" in group[1] and len(count) <= 4
+
+
+class OneHead(nn.Module):
+    """The first stage of PVT: one head, as wide as the stream."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16, name="embed")(x)
+        for _ in range(2):
+            batch, n, width = x.shape
+            q, k, v = (
+                nn.Dense(16)(x).reshape(batch, n, self.heads, width // self.heads)
+                for _ in "qkv"
+            )
+            x = x + nn.Dense(16)(_attend(q, k, v).reshape(x.shape))
+        return nn.Dense(3)(x.mean(1))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_one_head_is_linked_with_the_stream(heads):
+    model, labels = OneHead(heads), jnp.zeros(2, int)
+    variables = model.init(jax.random.key(1), X)
+    slim = jp.prune(model, variables, [(X, labels)], method="l1", macs=0.5)
+    assert slim.report["achieved"]["macs"] <= 0.5
+    kept = {name: indices.size for name, indices in slim.plan.items()}
+    shares = {k / slim.plan.sizes[n] for n, k in kept.items() if k != heads}
+    assert len(shares) == 1 and shares.pop() < 1
+    whole = slim.report["left_whole"]
+    assert all(slim.plan.sizes[name] == heads for name in whole)
+    assert len(whole) == (2 if heads > 1 else 0)
+
+
+def test_widths_that_heads_divide_are_found_in_few_traces(monkeypatch):
+    count = []
+    attempt = jp.check._attempt
+    monkeypatch.setattr(
+        jp.check, "_attempt", lambda *args: count.append(1) or attempt(*args)
+    )
+    model, variables, batches = _derived()
+    jp.prune(model, variables, batches, loss_fn=_loss, method="l1", macs=0.5)
+    assert len(count) <= 10

@@ -250,3 +250,27 @@ def test_numbers_of_a_part_follow():
     assert slim.report["left_whole"] == {}
     assert slim.model.q.w.shape[0] == 4 and slim.model.kv.w.shape[0] == 2
     assert jp.verify(graph, slim.plan, X) < 1e-5
+
+
+class Padded(nn.Module):
+    """Causal video autoencoders repeat the first and the last frames."""
+
+    mode: str
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = jnp.pad(x, ((0, 0), (2, 1), (0, 0)), mode=self.mode)
+            x = nn.relu(nn.Conv(8, (3,), padding="VALID")(x))
+        return nn.Dense(3)(x.mean(1))
+
+
+@pytest.mark.parametrize("mode", ["edge", "mean", "maximum", "reflect", "wrap"])
+@pytest.mark.parametrize("replay", [False, True])
+def test_pads_of_no_width_leave_channels_alone(mode, replay):
+    variables = random_variables(Padded(mode), X)
+    graph = jp.trace(Padded(mode), variables, X, replay=replay)
+    assert [group.size for group in graph.groups] == [8, 8]
+    slim = jp.shrink(graph, half_plan(graph))
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, slim.plan, X) < 1e-6

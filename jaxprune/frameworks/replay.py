@@ -63,6 +63,8 @@ class Replayed:
         def run(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
             record = program.records[site]
             table = record.name == "random_bits" and record.inputs[0].pure
+            if record.name == "concatenate":  # others of it have no width to follow
+                operands = [o for o in operands if 0 not in o.shape] or operands
             if record.name == "gather":
                 operands = [operands[0], _renumbered(program, record, operands[1])]
             if record.name == "iota" or table:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from jaxprune import conv
-from jaxprune.graph.interpret import Site, live
+from jaxprune.graph.interpret import Site, is_empty, live
 from jaxprune.graph.rules.control import CALLS, inner_jaxpr, scan_counts
 
 # before(site, eqn, operands) -> operands; after(site, eqn, operands, results) -> results
@@ -60,7 +60,11 @@ def evaluate(
     }
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else environment[atom]
+        if isinstance(atom, jex.Literal):
+            return atom.val
+        if atom not in environment and is_empty(atom):
+            return jnp.zeros(atom.aval.shape, atom.aval.dtype)  # of what was not run
+        return environment[atom]
 
     jaxpr = closed.jaxpr
     environment.update(zip(jaxpr.constvars, closed.consts, strict=True))

@@ -95,6 +95,16 @@ class ChannelGraph:
         structs = jax.tree.map(_struct, self.variables)
         return self.handle.numbers(structs, *self.inputs)
 
+    @cached_property
+    def reads(self) -> list[tuple[Site, str]]:
+        """Where the program reads its variables, in order: (site, leaf)."""
+        return [
+            (site, value.source)
+            for site, record in sorted(self.records.items())
+            for value in record.inputs
+            if value.source is not None
+        ]
+
     # Groups and plans ---------------------------------------------------------
 
     def group(self, name: str) -> Group:

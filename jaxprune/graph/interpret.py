@@ -211,14 +211,24 @@ class Walk:
 
 
 def live(jaxpr: jex.Jaxpr) -> list[bool]:
-    """For each equation whether a result or an effect of the jaxpr needs it."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    """For each equation whether a result or an effect of the jaxpr needs it; arrays
+    without entries, as jnp.pad makes of axes that it leaves alone, need nothing."""
+    needed = {v for v in jaxpr.outvars if _has_entries(v)}
     found = []
     for eqn in reversed(jaxpr.eqns):
         found.append(bool(eqn.effects) or not needed.isdisjoint(eqn.outvars))
         if found[-1]:
-            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+            needed.update(v for v in eqn.invars if _has_entries(v))
     return found[::-1]
+
+
+def _has_entries(atom: Any) -> bool:
+    return not isinstance(atom, jex.Literal) and not is_empty(atom)
+
+
+def is_empty(atom: Any) -> bool:
+    """True for an array without entries."""
+    return 0 in getattr(atom.aval, "shape", ())
 
 
 _LIBRARIES = tuple(

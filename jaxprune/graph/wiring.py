@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.graph.integers import COMPARISONS
-from jaxprune.graph.interpret import Site
+from jaxprune.graph.interpret import Site, is_empty
 from jaxprune.graph.rules.control import CALLS, inner_jaxpr, scan_counts
 
 # A variable of a jaxpr at one call site (sub-jaxprs are shared between sites).
@@ -97,6 +97,8 @@ class Wiring:
         results: dict[Site, list[Key]] = defaultdict(list)
         for key, (site, _, _) in self.maker.items():
             results[site].append(key)
+            if is_empty(key[1]):
+                self.readers[key] = []
         for site in reversed(self.equations):
             made = results[site]
             used = not made or self.equations[site].effects

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,18 @@ from jaxprune.methods.activations import find_places, stream
 from jaxprune.methods.losses import check_loss
 from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
 from jaxprune.methods.taps import find_taps
+from jaxprune.records import Group
 from jaxprune.slicing import checked_leaves
 from jaxprune.stats import activations as stats_lib
 
 # Examples whose gradients of all parameters are in memory at once.
 EXAMPLES_AT_ONCE = 8
 OF_GRADIENTS = ("gradients", "example_gradients")
+# Criteria of weights, one program for all groups of a graph: run operation by
+# operation, each would be compiled for every shape.
+_PROGRAMS: weakref.WeakKeyDictionary[ChannelGraph, dict[Any, Callable[..., Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def score(
@@ -57,7 +64,10 @@ def score(
     check_values({"seed": seed}, {"seed": SEED})
     leaves = checked_leaves(graph, variables)
     if found.needs == "weights":
-        return {g.name: _host(found.fn(g, leaves)) for g in graph.groups}
+        of_graph = _PROGRAMS.setdefault(graph, {})
+        if found.fn not in of_graph:
+            of_graph[found.fn] = jax.jit(_each(found.fn, graph.groups))
+        return {n: _host(values) for n, values in of_graph[found.fn](leaves).items()}
     if found.needs == "key":
         keys = jax.random.split(jax.random.key(seed), max(len(graph.groups), 1))
         return {
@@ -78,6 +88,10 @@ def score(
             return _batch_gradients(graph, variables, data, loss, found.fn)
         return _example_gradients(graph, variables, data, loss, found.fn)
     return _activations(graph, variables, data, found)
+
+
+def _each(fn: Callable[..., Any], groups: Sequence[Group]) -> Callable[[Any], Any]:
+    return lambda leaves: {group.name: fn(group, leaves) for group in groups}
 
 
 def _host(values: Any) -> np.ndarray:

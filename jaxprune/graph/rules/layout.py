@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.graph.atoms import Axis
-from jaxprune.graph.interpret import Value, Walk
+from jaxprune.graph.interpret import Value, Walk, is_empty
 
 
 def reshape(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
@@ -104,7 +104,9 @@ def concatenate(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
         if dim == along:
             axes.append(join(walk, parts, sizes))
             continue
-        axis, why = parts[0], f"concatenated at {walk.where} beside an array without"
+        why = f"concatenated at {walk.where} beside an array without"
+        parts = [part for part, var in zip(parts, eqn.invars) if not is_empty(var)]
+        axis = parts[0] if parts else None
         for other in parts[1:]:
             axis = walk.atoms.unite(axis, other, why)
         axes.append(axis)
