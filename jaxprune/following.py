@@ -40,7 +40,13 @@ def follow(
     """
     trial = _Trial(graph, plan, check or align)
     changed = [n for n, kept in plan.items() if kept.size < plan.sizes[n]]
+    learned = bool(graph.helped)
     failure = trial.failure_of(changed)
+    if failure is not None and learned:
+        # What is given up must not depend on the plans before this one.
+        graph.helped.clear()
+        graph.followed.clear()
+        failure = trial.failure_of(changed)
     if failure is None:
         return trial.restricted(changed), {}
     good = trial.give_up(changed, failure, alike)

@@ -14,9 +14,9 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import jaxprune as jp
-from jaxprune.running import names_read
 from jaxprune.errors import GraphError
 from jaxprune.frameworks.stated import numbers_of, with_number
+from jaxprune.running import names_read
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 12))
 

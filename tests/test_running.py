@@ -1,5 +1,7 @@
 """Which module's number is to follow, where several of a class run."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ class NnxBasis(nnx.Module):
 
 
 def _chain(linen):
-    sides = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+    sides = list(itertools.pairwise(WIDTHS))
     if not linen:
         rngs = nnx.Rngs(0)
         return jp.trace(nnx.Sequential(*(NnxBasis(*s, rngs=rngs) for s in sides)), X)
