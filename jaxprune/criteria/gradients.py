@@ -33,7 +33,7 @@ def gate_gradient(
 ) -> jax.Array:
     """(C,): sum of w * dL/dw over the channel's parameters in these roles."""
     products = {
-        path: jnp.asarray(leaves[path], jnp.float32) * jnp.asarray(g, jnp.float32)
+        path: (_wide(leaves[path]) * _wide(g)).real  # as JAX conjugates gradients
         for path, g in _relevant(group, grads).items()
         if path in leaves
     }
@@ -100,8 +100,8 @@ def hessian(
     """
     squares = {
         path: 0.5
-        * jnp.square(jnp.asarray(leaves[path], jnp.float32))
-        * jnp.square(jnp.asarray(g, jnp.float32)).mean(0)
+        * jnp.square(jnp.abs(_wide(leaves[path])))
+        * jnp.square(jnp.abs(_wide(g))).mean(0)
         for path, g in _relevant(group, example_grads).items()
         if path in leaves
     }
@@ -120,6 +120,12 @@ def gate_gain(group: Group, leaves, grads) -> jax.Array:
 def gate_gain_examples(group: Group, leaves, example_grads) -> jax.Array:
     """(C,): mean over examples of |<W_c, dL_i/dW_c>| over the consumers."""
     return taylor_examples(group, leaves, example_grads, roles=CONSUMERS)
+
+
+def _wide(array: Any) -> jax.Array:
+    """float32, or complex64 if it is complex."""
+    array = jnp.asarray(array)
+    return array.astype(jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32)
 
 
 def _relevant(group: Group, grads: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,14 @@ ROLES: tuple[Role, ...] = ("producer", "consumer", "other")
 KERNELS: tuple[Role, ...] = ("producer", "consumer")
 
 
+def magnitudes(array: Any) -> jax.Array:
+    """float32, with the signs of real numbers and |w| of complex ones."""
+    array = jnp.asarray(array)
+    if jnp.iscomplexobj(array):
+        array = jnp.abs(array)
+    return array.astype(jnp.float32)
+
+
 def slot_values(array: jax.Array, slot: Slot) -> jax.Array:
     """(C, m, rest): the entries of `array` that belong to each channel of `slot`."""
     moved = jnp.moveaxis(jnp.asarray(array), slot.axis, 0)
@@ -109,10 +117,14 @@ def _common(array: jax.Array, slots: Sequence[Slot]) -> jax.Array:
 def channel_matrix(
     group: Group, leaves: Mapping[str, Any], *, roles: Sequence[Role]
 ) -> jax.Array:
-    """(C, D): all entries of each channel in these roles as one row."""
+    """(C, D): all entries of each channel in these roles as one row; real and imaginary
+    parts of complex ones."""
     parts = [
         slot_values(leaves[path], slot).reshape(group.size, -1)
         for path, slots in chosen(group, leaves, roles).items()
         for slot in slots
     ]
-    return jnp.concatenate(parts, axis=1).astype(jnp.float32)
+    matrix = jnp.concatenate(parts, axis=1)
+    if jnp.iscomplexobj(matrix):
+        matrix = jnp.concatenate([matrix.real, matrix.imag], axis=1)
+    return matrix.astype(jnp.float32)

@@ -14,6 +14,7 @@ from jaxprune.criteria.slots import (
     channel_matrix,
     chosen,
     group_sum,
+    magnitudes,
     slot_values,
 )
 from jaxprune.errors import ScoreError
@@ -110,4 +111,4 @@ def random(group: Group, leaves: Mapping[str, Any], *, key: jax.Array) -> jax.Ar
 
 def _map(fn, leaves: Mapping[str, Any], group: Group) -> dict[str, jax.Array]:
     paths = chosen(group, leaves, ("producer", "consumer", "other"))
-    return {path: fn(jnp.asarray(leaves[path], jnp.float32)) for path in paths}
+    return {path: fn(magnitudes(leaves[path])) for path in paths}

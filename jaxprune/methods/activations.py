@@ -179,10 +179,13 @@ def capture_places(
 def channels_last(
     operands: Sequence[jax.Array], results: Sequence[jax.Array], place: Place
 ) -> jax.Array:
-    """Activations (B, ..., copies, C) from the equation at `place.site`."""
+    """Activations (B, ..., copies, C) from the equation at `place.site`; of complex
+    ones the magnitudes."""
     array = results[place.output]
     if place.operand is not None:
         array = operands[place.operand]
+    if jnp.iscomplexobj(array):
+        array = jnp.abs(array)
     channels, copies = place.index.shape
     array = jnp.take(array, place.index.T.reshape(-1), axis=place.axis)
     array = jnp.moveaxis(array, place.axis, -1)

@@ -103,7 +103,7 @@ def _parameters(graph: ChannelGraph, variables: Any) -> dict[str, Any]:
     return {
         path: leaf
         for path, leaf in leaves.items()
-        if graph.handle.is_parameter(path) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if graph.handle.is_parameter(path) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
 
 

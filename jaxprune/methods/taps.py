@@ -126,11 +126,13 @@ def find_taps(graph: ChannelGraph) -> tuple[Tap, ...]:
     """Every tap of the graph, in the order of execution.
 
     Kernels that are not leaves themselves (stacked by a scan, normalised by weight
-    norm), depthwise convolutions, which read each channel for itself alone, and batched
-    products are left out.
+    norm), depthwise convolutions, which read each channel for itself alone, batched
+    products and those of complex numbers are left out.
     """
     taps = []
     for site, record in graph.records.items():
+        if jnp.iscomplexobj(record.eqn.outvars[0].aval):
+            continue
         if record.name == "dot_general":
             taps += _dot_tap(graph, site, record)
         elif record.name == "conv_general_dilated":
