@@ -5,11 +5,11 @@ from jaxprune.checkpoint import load, save
 from jaxprune.constants import fold_constants
 from jaxprune.errors import PruneError
 from jaxprune.kept import KeptIndices, kept_indices
+from jaxprune.method_options import methods
 from jaxprune.methods.scores import score
 from jaxprune.mirrors import shrink_like
 from jaxprune.pipeline import prune
 from jaxprune.records import Budget, Group, Plan, Slim, Slot
-from jaxprune.runner import methods
 from jaxprune.surgery import shrink
 from jaxprune.tracing import trace
 from jaxprune.verify import verify

@@ -14,6 +14,8 @@ that flipped, is found before anyone runs the model.
 from __future__ import annotations
 
 import functools
+import linecache
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -128,11 +130,21 @@ def _attempt(graph: ChannelGraph, plan: Plan, numbers: Rows) -> Attempt:
     found = Difference(
         "the slim model cannot be traced, because a size in its source did not "
         "follow its arrays, or a comparison of sizes came out otherwise: "
-        f"{first_line(error)}; keep that group whole",
+        f"{_said(error)}; keep that group whole",
         (len(slim.jaxpr.eqns),),
     )
     found.__cause__ = error
     return Attempt(error=found, places=raised_at(error))
+
+
+def _said(error: Exception) -> str:
+    """Its first line; of an assertion without words the line of the source."""
+    places = raised_at(error)
+    if str(error).strip() or not places:
+        return first_line(error)
+    file, line = places[0]
+    source = linecache.getline(file, line).strip()
+    return f"{type(error).__name__} at {os.path.basename(file)}:{line} ({source})"
 
 
 def doubtful_divisors(

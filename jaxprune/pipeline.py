@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxprune.errors import BudgetError, ConfigError
 from jaxprune.frameworks import handle_of
 from jaxprune.graph import ChannelGraph
 from jaxprune.latency import LatencyTable
+from jaxprune.method_options import ARGUMENTS, parse_options
 from jaxprune.methods.losses import check_callable
 from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
 from jaxprune.methods.reconstruct import (
@@ -24,7 +26,7 @@ from jaxprune.methods.reconstruct import (
 from jaxprune.methods.seed_ratio import seed_ratio
 from jaxprune.records import Budget, Group, Plan, Slim
 from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
-from jaxprune.runner import ARGUMENTS, Runner, conv_order, parse_options
+from jaxprune.runner import Runner, conv_order
 from jaxprune.schedule import removed_shares
 from jaxprune.surgery import shrunk, warn_unread
 from jaxprune.ties import settled, untied
@@ -157,7 +159,7 @@ def prune(
         **_record(original, plan),
         "method": method,
         "asked": run.asked_record(),
-        "left_whole": {**stuck, **slim.report.get("left_whole", {})},
+        "left_whole": {**stuck, **run.stuck, **slim.report.get("left_whole", {})},
         "unread": list(graph.unread),
         "verify_max_abs_error": error,
         "seconds": time.perf_counter() - started,
@@ -165,6 +167,7 @@ def prune(
     if stages:
         report["steps"] = stages
     warn_unread(graph, slim.plan, stacklevel=3)
+    _warn_missed(asked, report, stacklevel=3)
     if asked is not None and bound is not None and bound.table is not None:
         times = _latency(bound.table, asked, predicted, slim, apply)
         report["latency"] = times
@@ -265,6 +268,24 @@ def _check_reachable(
             "plan = jaxprune.select(graph, scores, ...) and jaxprune.shrink(graph, plan) "
             "on graph = jaxprune.trace(..., replay=True)"
         ) from error
+
+
+def _warn_missed(
+    asked: Budget | None, report: Mapping[str, Any], *, stacklevel: int
+) -> None:
+    """Warns where groups that turned out to stay whole cost the budget."""
+    if asked is None or asked.kind not in report["achieved"]:
+        return
+    achieved = report["achieved"][asked.kind]
+    if achieved > asked.value * (1 + 1e-9) and report["left_whole"]:
+        whole = list(report["left_whole"].items())
+        warnings.warn(
+            f"asked for {asked.kind}={asked.value:g}, achieved {achieved:.4g}: "
+            f"{len(whole)} groups stay whole, because the model's source does not "
+            f"follow the counts that they were to keep: {dict(whole[:3])}; ask for less, "
+            "or for other counts (round_to=, ignore=)",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _record(graph: ChannelGraph, plan: Plan) -> dict[str, Any]:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxprune import budget as budgets
 from jaxprune import trees
-from jaxprune.checks import (
-    FLAG,
-    FUNCTION,
-    SEED,
-    Rule,
-    check_names,
-    check_values,
-    did_you_mean,
-    one_of,
-    optional,
-    whole,
-)
-from jaxprune.criteria import CRITERIA, criterion
-from jaxprune.errors import BudgetError, ConfigError
+from jaxprune.criteria import criterion
 from jaxprune.graph import ChannelGraph
-from jaxprune.methods.cpli import Objective, cpli
+from jaxprune.method_options import LAYERWISE, WIDTHS, Options
 from jaxprune.methods.cpli import chooser as cpli_chooser
+from jaxprune.methods.cpli import cpli
 from jaxprune.methods.importance_redundancy import chooser as redundancy_chooser
 from jaxprune.methods.importance_redundancy import importance_redundancy
 from jaxprune.methods.losses import check_loss
@@ -37,115 +24,17 @@ from jaxprune.methods.reconstruct import (
     Progress,
     Reconstruction,
 )
-from jaxprune.methods.redundancy_rules import Rules
-from jaxprune.methods.refitting import (
-    Refitting,
-)
 from jaxprune.methods.scores import OF_GRADIENTS, score
 from jaxprune.methods.sensitivity import Probe, sensitivity
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Budget, Group, Plan
+from jaxprune.repair import repaired
 from jaxprune.selection import (
     LIMIT_RULES,
-    RANKING_RULES,
     allocate,
     limits,
     uniform_counts,
 )
-
-LAYERWISE = ("cpli", "lasso", "importance_redundancy")
-# Limits of the widths, which all methods take; what to ignore is said to the trace.
-WIDTHS = {name: rule for name, rule in LIMIT_RULES.items() if name != "ignore"}
-ALLOCATION = {"allocation": one_of("sensitivity", "uniform")}
-# Arguments of every call.
-ARGUMENTS: dict[str, Rule] = {
-    "finetune": optional(FUNCTION),
-    "on_progress": optional(FUNCTION),
-    "steps": optional(whole(1)),
-    "latency_batch": optional(whole(1)),
-    "seed": SEED,
-    "verify": FLAG,
-}
-
-
-class Options(NamedTuple):
-    """What a call's options say, by the part of the method that takes them.
-
-    Attributes:
-      objective: of cpli and lasso.
-      rules: of importance_redundancy.
-      refitting: of all.
-      selection: widths and their limits, see `jaxprune.selection`.
-    """
-
-    objective: Objective
-    rules: Rules
-    refitting: Refitting
-    selection: dict[str, Any]
-
-
-def methods() -> tuple[str, ...]:
-    """Names that `prune(method=...)` takes."""
-    return (*LAYERWISE, *CRITERIA)
-
-
-def parse_options(
-    method: str, options: Mapping[str, Any], asked: Budget | None
-) -> Options:
-    """The options by part.
-
-    Raises:
-      ConfigError: an unknown method, an option that it does not take, or a bad value.
-      BudgetError: no budget for a method that needs one.
-    """
-    if not one_of(*methods()).holds(method):
-        raise ConfigError(
-            f"unknown method {method!r}; {did_you_mean(method, methods())}known: "
-            f"{', '.join(methods())}"
-        )
-    selection = WIDTHS | (ALLOCATION if method in LAYERWISE else RANKING_RULES)
-    taken = _names(Refitting)
-    if method == "cpli":
-        taken |= _names(Objective)
-    elif method == "lasso":
-        taken |= {"nonnegative"}
-    elif method == "importance_redundancy":
-        taken = (taken | _names(Rules)) - {"passes"}
-    # A preset that is not asked for is no option.
-    given = {n: v for n, v in options.items() if (n, v) != ("preset", None)}
-    check_names(given, {*taken, *selection}, f"method {method!r}")
-    check_values(given, selection)
-    if asked is None and method != "importance_redundancy":
-        raise BudgetError(budgets.NO_BUDGET)
-    if asked is None and "allocation" in given:
-        raise ConfigError(
-            "allocation shares out a budget: pass macs=, params=, bytes=, latency_ms= "
-            "or keep=, or leave it out"
-        )
-    if given.get("preset") == "seed":
-        fixed = sorted(selection.keys() & given.keys())
-        if asked is not None or fixed:
-            raise ConfigError(
-                "preset='seed' prunes by its two thresholds: leave out "
-                f"{', '.join(fixed) or 'macs, params, bytes, keep and latency_ms'}"
-            )
-    if method == "lasso":
-        given |= {"selection": "lasso", "mu": 0.0, "feature_importance": False}
-    return Options(
-        Objective(**_of(Objective, given)),
-        Rules(**_of(Rules, given)),
-        Refitting(**_of(Refitting, given)),
-        {n: v for n, v in given.items() if n in selection},
-    )
-
-
-def _names(record: type) -> set[str]:
-    return {field.name for field in fields(record)}
-
-
-def _of(record: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that are fields of the record."""
-    return {n: v for n, v in options.items() if n in _names(record)}
 
 
 class Runner:
@@ -153,6 +42,9 @@ class Runner:
 
     Args:
       groups: those of the original graph that are to be pruned.
+
+    Attributes:
+      stuck: groups that were found to follow none of the counts tried, and why.
     """
 
     def __init__(
@@ -171,6 +63,7 @@ class Runner:
         self.on_progress = on_progress
         widths = {n: v for n, v in options.selection.items() if n in WIDTHS}
         self.legal = limits(groups, **widths)
+        self.stuck: dict[str, str] = {}
 
     def check_loss(self, graph: ChannelGraph) -> None:
         """Nothing, if labels and loss fit the network and the method.
@@ -213,7 +106,8 @@ class Runner:
         bound: budgets.Constraint | None,
         selection: Mapping[str, Any] | None = None,
     ) -> tuple[Plan | None, budgets.Constraint | None]:
-        """The plan of a ranking method, or counts as a plan for the others.
+        """The plan of a ranking method, or counts as a plan for the others; groups that
+        the model's source follows at no count near those asked for stay whole.
 
         Also the constraint it was made under, corrected for a latency.
 
@@ -227,10 +121,33 @@ class Runner:
         if bound is None:
             return None, None
         selection = self.selection if selection is None else selection
+        given = {name: selection[name] for name in LIMIT_RULES if name in selection}
+        low = limits(groups, **given).low
+        plan, used, shortened = self._planned(graph, groups, bound, selection)
+        plan, stuck = repaired(graph, plan, shortened, low, given.get("round_to", 1))
+        if not stuck:
+            return plan, used
+        self.stuck.update(stuck)
+        return self.plan(
+            graph, [g for g in groups if g.name not in stuck], bound, selection
+        )
+
+    def _planned(
+        self,
+        graph: ChannelGraph,
+        groups: Sequence[Group],
+        bound: budgets.Constraint,
+        selection: Mapping[str, Any],
+    ) -> tuple[Plan, budgets.Constraint, Callable[[Mapping[str, int]], Plan]]:
+        """Plan and constraint, and what makes the plan with fewer channels of groups."""
         budgets.check_feasible(bound, groups, selection)
         if self.method in LAYERWISE:
             counts, bound = self.counts(graph, groups, bound, selection)
-            return _as_plan(graph, counts), bound
+            return (
+                _as_plan(graph, counts),
+                bound,
+                lambda fewer: _as_plan(graph, {**counts, **fewer}),
+            )
         scores = score(
             graph,
             graph.variables,
@@ -239,7 +156,15 @@ class Runner:
             loss_fn=self.loss_fn,
             seed=self.seed,
         )
-        return budgets.select_within(graph, scores, bound, groups, selection)
+        plan, bound = budgets.select_within(graph, scores, bound, groups, selection)
+        best = {n: kept[np.argsort(-scores[n][kept])] for n, kept in plan.items()}
+        return (
+            plan,
+            bound,
+            lambda fewer: graph.complete(
+                {**plan, **{n: best[n][:k] for n, k in fewer.items()}}
+            ),
+        )
 
     def counts(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jax.extend import core as jex
 
 from jaxprune import trees
@@ -18,6 +19,7 @@ from jaxprune.frameworks.program import shape_of
 from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import bind
+from jaxprune.graph.interpret import CHECK
 from jaxprune.records import Plan
 from jaxprune.surgery import shrunk
 
@@ -91,9 +93,9 @@ def masked_outputs(
         # The slim program draws its noise at its own size: the same draw, spread out.
         axes = graph.records[site].outputs[0].axes
         full = shape_of(eqn.outvars[0])
-        drawn = bind(
-            eqn, operands, {**eqn.params, "shape": kept_shape(graph, mask, axes, full)}
-        )[0]
+        # `shape` is what each key draws; the keys' own axes come first.
+        shape = kept_shape(graph, mask, axes, full)[len(operands[0].shape) :]
+        drawn = bind(eqn, operands, {**eqn.params, "shape": shape})[0]
         kept = [
             np.arange(size)
             if axis is None
@@ -166,7 +168,7 @@ def verify(
     if not replay:  # a replay's arrays may fit no module
         call = whole.rebuild(slim.variables, slim.report["settings"])
     with jax.default_matmul_precision("highest"):
-        outputs = jax.jit(lambda v, i: call(v, *i))(slim.variables, inputs)
+        outputs = _run(graph, call, slim.variables, inputs)
     found = jax.tree.leaves(outputs)
     mask, worst, excess = graph.unit_mask(slim.plan), 0.0, (0.0, 0.0, 1.0)
     for value, full, small in zip(graph.results, expected, found, strict=True):
@@ -193,6 +195,17 @@ def verify(
             "this model and plan: they show a defect"
         )
     return worst
+
+
+def _run(graph: ChannelGraph, call: Any, variables: Any, inputs: Any) -> Any:
+    """The outputs of a call; JAX runs what asserts by checkify.check checkified only."""
+
+    def run(variables: Any, inputs: Any) -> Any:
+        return call(variables, *inputs)
+
+    if any(record.name == CHECK for record in graph.records.values()):
+        return jax.jit(checkify.checkify(run))(variables, inputs)[1]
+    return jax.jit(run)(variables, inputs)
 
 
 def _precise(eqn: jex.JaxprEqn) -> dict[str, Any]:

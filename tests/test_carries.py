@@ -124,3 +124,43 @@ def test_models_in_several_threads_keep_their_widths():
         found = list(pool.map(lambda m: m[0].apply(m[1], x), 5 * models))
     for y, wanted in zip(found, 5 * expected, strict=True):
         np.testing.assert_allclose(y, wanted, rtol=1e-6)
+
+
+class Begun(nn.Module):
+    """memax: a method outside of Flax's scopes makes a cell to ask for its carry."""
+
+    width: int
+
+    def setup(self):
+        self.inner = nn.Dense(self.width)
+        self.gate = nn.Dense(self.width)
+        self.outer = nn.Dense(3)
+
+    def __call__(self, carry, xs):
+        for x in xs:
+            both = jnp.concatenate([carry, self.inner(x)], -1)
+            carry = carry + jnp.tanh(self.gate(both))
+        return self.outer(carry)
+
+    @nn.nowrap
+    def begin(self):
+        return Begun(width=self.width).zeros()
+
+    @nn.nowrap
+    def zeros(self):
+        return jnp.zeros(self.width)
+
+
+def test_a_carry_that_a_method_outside_of_scopes_makes_follows():
+    xs, model = jax.random.normal(jax.random.key(0), (5, 4)), Begun(8)
+    variables = model.init(jax.random.key(1), model.begin(), xs)
+
+    def apply(model, variables, xs):
+        return model.apply(variables, model.begin(), xs)
+
+    graph = jp.trace(model, variables, xs, apply=apply)
+    plan = {group.name: np.arange(0, group.size, 2) for group in graph.groups}
+    slim = jp.shrink(graph, plan)
+    assert slim.report["left_whole"] == {}
+    assert slim.model.begin().shape == (4,)
+    assert jp.verify(graph, plan, xs) < 1e-6

@@ -276,3 +276,58 @@ def test_widths_that_heads_divide_are_found_in_few_traces(monkeypatch):
     model, variables, batches = _derived()
     jp.prune(model, variables, batches, loss_fn=_loss, method="l1", macs=0.5)
     assert len(count) <= 10
+
+
+class Divided(nn.Module):
+    """NesT: asserts that the heads divide the width that it gets."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(24, name="embed")(x)
+        for layer in range(2):
+            y = Shared(name=f"attention{layer}")(nn.LayerNorm()(x))
+            x = x + nn.Dense(24, name=f"out{layer}")(y)
+        return nn.Dense(5)(x.mean(1))
+
+
+class Shared(nn.Module):
+    """One key and value for all queries."""
+
+    heads: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        assert width % self.heads == 0
+        q = nn.DenseGeneral((self.heads, width // self.heads))(x)
+        k, v = jnp.split(nn.Dense(2 * (width // self.heads))(x), 2, -1)
+        weights = nn.softmax(jnp.einsum("bqhd,bkd->bhqk", q, k))
+        return jnp.einsum("bhqk,bkd->bqhd", weights, v).reshape(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("macs", [0.6, 0.5, 0.3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "l1"},
+        {"method": "lasso", "allocation": "uniform"},
+        {"method": "l1", "schedule": "linear", "steps": 2},
+        {"method": "l2", "round_to": 2},
+    ],
+)
+def test_counts_that_the_source_refuses_are_replaced(macs, options):
+    model = Divided()
+    variables = model.init(jax.random.key(1), X)
+    batches = [(X, jnp.zeros(2, int))]
+    slim = jp.prune(model, variables, batches, macs=macs, refit="none", **options)
+    assert 0.6 * macs < slim.report["achieved"]["macs"] <= macs
+    assert slim.plan["embed"].size < 24 and slim.report["left_whole"] == {}
+    assert slim.report["verify_max_abs_error"] < 1e-5
+
+
+def test_a_missed_budget_is_said(monkeypatch):
+    monkeypatch.setattr(jp.runner, "repaired", lambda graph, plan, *args: (plan, {}))
+    model = Divided()
+    variables = model.init(jax.random.key(1), X)
+    with pytest.warns(UserWarning, match=r"asked for macs=0\.5, achieved 0\..*'embed'"):
+        jp.prune(model, variables, [(X, None)], macs=0.5, refit="none", method="l1")

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import jaxprune as jp
 from jaxprune.verify import masked_outputs
 
+FLAT = jax.random.normal(jax.random.key(3), (6, 5))
 X = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)), jnp.float32)
 PRECISION = "jax_default_matmul_precision"
 
@@ -102,3 +104,48 @@ def test_a_replay_is_proven_without_a_smaller_module():
     graph = jp.trace(model, model.init(jax.random.key(0), x), x)
     plan = {g.name: np.arange(4) for g in graph.groups}
     assert jp.verify(graph, plan, x, replay=True) < 1e-5
+
+
+@pytest.mark.parametrize("key", [jax.random.PRNGKey(4), jax.random.key(4)])
+def test_noise_of_several_keys_is_drawn_at_the_slim_size(key):
+    """Critics side by side under nn.vmap, each with a dropout of its own."""
+
+    class Critic(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.3, deterministic=False)(nn.relu(nn.Dense(12)(x)))
+            return nn.Dense(1)(x)
+
+    rngs = {"params": True, "dropout": True}
+    model = nn.vmap(
+        Critic, variable_axes={"params": 0}, split_rngs=rngs, in_axes=None, axis_size=2
+    )()
+    variables = model.init({"params": jax.random.key(0), "dropout": key}, FLAT)
+
+    def apply(model, variables, x, key):
+        return model.apply(variables, x, rngs={"dropout": key})
+
+    graph = jp.trace(model, variables, (FLAT, key), apply=apply)
+    plan = {group.name: np.arange(0, group.size, 3) for group in graph.groups}
+    assert jp.verify(graph, plan, (FLAT, key)) < 1e-6
+    assert len(plan) == 1
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_models_that_assert_by_checkify_are_proven(replay):
+    class Checked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            checkify.check(jnp.bool_(x.shape[1] == 5), "5 features expected")
+            return nn.Dense(2)(nn.relu(nn.Dense(6)(x)))
+
+    model = Checked()
+    _, variables = checkify.checkify(lambda: model.init(jax.random.key(0), FLAT))()
+    graph = jp.trace(model, variables, FLAT)
+    (group,) = graph.groups
+    slim = jp.shrink(graph, {group.name: [1, 4]}, replay=replay)
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, slim.plan, FLAT, replay=replay) < 1e-6
+    labels = jnp.zeros(len(FLAT), int)
+    slim = jp.prune(model, variables, [(FLAT, labels)], method="l1", keep=0.5)
+    assert slim.plan[group.name].size == 3

@@ -102,19 +102,28 @@ class Resized(nn.Module):
         if not callable(held):
             return super().__getattr__(name)
 
+        if getattr(held, "nowrap", False) and self.scope is None:
+            # Flax does not run it as part of this module, nor what it makes.
+            return getattr(self._restated(inner), name)
+
         def method(self: Resized, *args: Any, **kwargs: Any) -> Any:
             return self.jaxprune_call(name, *args, **kwargs)
 
         return types.MethodType(method, self)
 
     @nn.nowrap
-    def _stated(self, inner: nn.Module, name: str) -> Any:
-        """A field or property of the user's module at the numbers set here."""
+    def _restated(self, inner: nn.Module) -> nn.Module:
+        """A copy of the user's module with the numbers set here."""
         copied = inner.clone()
         for path, stated, number in self.settings:
             if path == "":
                 state(copied, stated, number, object.__setattr__)
-        value = getattr(copied, name)
+        return copied
+
+    @nn.nowrap
+    def _stated(self, inner: nn.Module, name: str) -> Any:
+        """A field or property of the user's module at the numbers set here."""
+        value = getattr(self._restated(inner), name)
         if isinstance(value, nn.Module):
             raise AttributeError(  # noqa: TRY004 - as of any that is not to be had
                 f"{name} is a module of the original, whose layers follow their arrays "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from jaxprune import conv
-from jaxprune.graph.interpret import Site, is_empty, live
+from jaxprune.graph.interpret import CHECK, Site, is_empty, live
 from jaxprune.graph.rules.control import CALLS, inner_jaxpr, scan_counts
 
 # before(site, eqn, operands) -> operands; after(site, eqn, operands, results) -> results
@@ -71,7 +71,7 @@ def evaluate(
     environment.update(zip(jaxpr.invars, arguments, strict=True))
     wanted = live(jaxpr) if execute else [True] * len(jaxpr.eqns)
     for number, eqn in enumerate(jaxpr.eqns):
-        if not wanted[number]:
+        if not wanted[number] or eqn.primitive.name == CHECK:
             continue
         here = (*site, number)
         operands = [read(atom) for atom in eqn.invars]

@@ -9,7 +9,7 @@ from typing import Any
 from jax.extend import core as jex
 
 from jaxprune.graph.evaluate import bind
-from jaxprune.graph.interpret import Record, Site
+from jaxprune.graph.interpret import CHECK, Record, Site
 from jaxprune.graph.rules.control import CALLS, inner_jaxpr
 
 # An operand: the number of a slot, or a literal's value in a tuple.
@@ -132,6 +132,8 @@ def flatten(
             return (atom.val,) if isinstance(atom, jex.Literal) else names[atom]
 
         for number, eqn in enumerate(inner.jaxpr.eqns):
+            if eqn.primitive.name == CHECK:
+                continue
             here = (*site, number)
             given = [read(atom) for atom in eqn.invars]
             if eqn.primitive.name in CALLS:

@@ -210,16 +210,25 @@ class Walk:
         return Value(tuple(axes), pure=True, integers=integers)
 
 
+# What checkify.check makes: it raises, and JAX runs it in checkified functions only.
+CHECK = "check"
+
+
 def live(jaxpr: jex.Jaxpr) -> list[bool]:
     """For each equation whether a result or an effect of the jaxpr needs it; arrays
     without entries, as jnp.pad makes of axes that it leaves alone, need nothing."""
     needed = {v for v in jaxpr.outvars if _has_entries(v)}
     found = []
     for eqn in reversed(jaxpr.eqns):
-        found.append(bool(eqn.effects) or not needed.isdisjoint(eqn.outvars))
+        found.append(acts(eqn) or not needed.isdisjoint(eqn.outvars))
         if found[-1]:
             needed.update(v for v in eqn.invars if _has_entries(v))
     return found[::-1]
+
+
+def acts(eqn: jex.JaxprEqn) -> bool:
+    """True for an equation that is run for more than its results."""
+    return bool(eqn.effects) and eqn.primitive.name != CHECK
 
 
 def _has_entries(atom: Any) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxprune.graph.integers import COMPARISONS
-from jaxprune.graph.interpret import Site, is_empty
+from jaxprune.graph.interpret import Site, acts, is_empty
 from jaxprune.graph.rules.control import CALLS, inner_jaxpr, scan_counts
 
 # A variable of a jaxpr at one call site (sub-jaxprs are shared between sites).
@@ -101,7 +101,8 @@ class Wiring:
                 self.readers[key] = []
         for site in reversed(self.equations):
             made = results[site]
-            used = not made or self.equations[site].effects
+            eqn = self.equations[site]
+            used = acts(eqn) if eqn.effects else not made
             if used or any(self.readers[key] for key in made):
                 continue
             self.dead.add(site)

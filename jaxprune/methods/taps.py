@@ -131,12 +131,9 @@ def find_taps(graph: ChannelGraph) -> tuple[Tap, ...]:
     """
     taps = []
     for site, record in graph.records.items():
-        if jnp.iscomplexobj(record.eqn.outvars[0].aval):
-            continue
-        if record.name == "dot_general":
-            taps += _dot_tap(graph, site, record)
-        elif record.name == "conv_general_dilated":
-            taps += _conv_taps(graph, site, record)
+        found = _TAPS.get(record.name)
+        if found and not jnp.iscomplexobj(record.eqn.outvars[0].aval):
+            taps += found(graph, site, record)
     return _with_own_intercepts(graph, taps)
 
 
@@ -233,6 +230,9 @@ def _tap(
         intercept,
         sign,
     )
+
+
+_TAPS = {"dot_general": _dot_tap, "conv_general_dilated": _conv_taps}
 
 
 def _grid_needs(graph: ChannelGraph, dims: Sequence[tuple[Any, int]]) -> np.ndarray:
