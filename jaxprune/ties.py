@@ -52,13 +52,17 @@ def _guess(graph: ChannelGraph, halves: Plan) -> Settled | None:
     """What `settled` returns, if it holds for the whole network with the heads whole,
     which a few plans show: a search for what is at fault takes many. None if not."""
     tried: list[list[_Link]] = [[]]
+    refused: list[set[str]] = []
     for choice in _CHOICES:
         if (links := _products(graph, halves, choice)) in tried:
             continue
         tried.append(links)
         stuck = dict.fromkeys((n for link in links for n in link.whole), _WHOLE)
         rest = {n: kept for n, kept in halves.items() if n not in stuck}
+        if stuck.keys() in refused:
+            continue
         if (left := nearly(graph, graph.complete(rest), _FEW)) is None:
+            refused.append(set(stuck))
             continue
         stuck.update(left)
         links = [link for link in links if not link.names & left.keys()]
@@ -173,7 +177,7 @@ class _Choice(NamedTuple):
     equal: bool = False
 
 
-_CHOICES = _Choice(), _Choice(larger=True), _Choice(across=True), _Choice(equal=True)
+_CHOICES = _Choice(), _Choice(equal=True), _Choice(across=True), _Choice(larger=True)
 # Kinds of groups that a guess may leave whole.
 _FEW = 4
 
