@@ -33,9 +33,10 @@ import jaxprune as jp
 from jaxprune import trees
 from jaxprune.data import batches, load
 from jaxprune.graph import evaluate, tree_arguments
-from jaxprune.methods.taps import Tap, find_taps, rows_and_targets
+from jaxprune.methods.taps import Tap, find_taps, output_map, rows_and_targets
 from jaxprune.solver.cpli import group_system, select_gates
 from jaxprune.solver.refit import refit
+from jaxprune.stats import example_positions
 from jaxprune.stats import moments as moments_lib
 from jaxprune.summary import commit
 
@@ -167,13 +168,14 @@ def collect(
 
     @jax.jit
     def run(variables, x, key):
-        found = {}
+        found, keys = {}, jax.random.split(key, len(x))
 
         def after(site, eqn, operands, results):
             if site in at:
                 tap = at[site]
+                chosen = example_positions(keys, output_map(tap, eqn), POSITIONS)
                 x, y = rows_and_targets(
-                    tap, eqn, operands[tap.image], results[0], key, POSITIONS
+                    tap, eqn, operands[tap.image], results[0], chosen
                 )
                 found[tap.path] = x.reshape(-1, tap.rows), y.reshape(-1, tap.outputs)
             return results

@@ -17,7 +17,8 @@ from jaxprune.methods.ranking import follow_plan
 from jaxprune.methods.refitting import (
     Refitting,
 )
-from jaxprune.methods.taps import find_taps, rows_and_targets
+from jaxprune.methods.taps import find_taps, output_map, rows_and_targets
+from jaxprune.stats import example_positions
 
 PARTS = 3
 
@@ -66,10 +67,12 @@ def test_every_block_is_a_matrix_product(depthwise):
     evaluate(graph.closed, tree_arguments(variables, (batches[0][0],)), after=after)
     kernel = leaf = variables["params"]["grouped"]["kernel"]
     for tap in taps:
+        eqn = graph.records[tap.site].eqn
+        keys = jax.random.split(jax.random.key(0), len(seen["image"]))
+        chosen = example_positions(keys, output_map(tap, eqn), 5)
         rows, targets = rows_and_targets(
-            tap, graph.records[tap.site].eqn, seen["image"], seen["target"],
-            jax.random.split(jax.random.key(0), len(seen["image"])), 5,
-        )  # fmt: skip
+            tap, eqn, seen["image"], seen["target"], chosen
+        )
         x, y = (np.asarray(a, np.float64)[:, :, tap.part] for a in (rows, targets))
         found = x @ tap.matrix(kernel)
         np.testing.assert_allclose(found, y, atol=2e-4 * np.abs(found).max())

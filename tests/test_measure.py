@@ -23,7 +23,8 @@ from jaxprune.methods.refitting import (
 )
 from jaxprune.methods.relay import Relay, measure_moments
 from jaxprune.methods.sensitivity import curve
-from jaxprune.methods.taps import find_taps, rows_and_targets
+from jaxprune.methods.taps import find_taps, output_map, rows_and_targets
+from jaxprune.stats import example_positions
 from jaxprune.stats.activations import stats_update, stats_zeros
 from jaxprune.stats.moments import covariances
 
@@ -118,13 +119,11 @@ def test_taps_are_matrix_products(name):
     assert {tap.path for tap in taps} >= read
     for tap in taps:
         operands, results = seen[tap.site]
+        eqn, keys = graph.records[tap.site].eqn, jax.random.split(jax.random.key(0), 2)
+        assert len(operands[tap.image]) == 2
+        chosen = example_positions(keys, output_map(tap, eqn), 5)
         rows, targets = rows_and_targets(
-            tap,
-            graph.records[tap.site].eqn,
-            operands[tap.image],
-            results[0],
-            jax.random.split(jax.random.key(0), len(operands[tap.image])),
-            5,
+            tap, eqn, operands[tap.image], results[0], chosen
         )
         found = np.asarray(rows[:, :, 0], np.float64) @ tap.matrix(leaves[tap.path])
         np.testing.assert_allclose(

@@ -23,7 +23,8 @@ from jaxprune.graph.flat import State, flatten
 from jaxprune.methods.activations import Place, channels_last
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.shortcuts import Shortcut, captured_sites, from_operands
-from jaxprune.methods.taps import Tap, rows_and_targets
+from jaxprune.methods.taps import Tap, output_map, rows_and_targets
+from jaxprune.stats import example_positions
 from jaxprune.stats import moments as moments_lib
 from jaxprune.stats.moments import Moments
 
@@ -111,12 +112,19 @@ class Relay:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(
                 key, np.arange(seen, seen + weight.size)
             )
-            sums = step(sums, self._original, leaves, states, weight, keys)
+            chosen = {tap.site: self._chosen(tap, keys) for tap in uses}
+            sums = step(sums, self._original, leaves, states, weight, chosen)
             seen += int(np.sum(weight))
         blocks = {t.path: jax.device_get(sums[t.path]) for t in uses if t.parts > 1}
         return {
             tap.name: _block(blocks.get(tap.path, sums[tap.path]), tap) for tap in taps
         }
+
+    def _chosen(self, tap: Tap, keys: jax.Array) -> jax.Array:
+        """The positions at which a tap is measured, for each example's key."""
+        number = self._number[tap.site]
+        sizes = output_map(tap, self._program.steps[number].eqn)
+        return _draw(keys, number, sizes, self._positions)
 
     def observe(
         self,
@@ -178,7 +186,7 @@ class Relay:
             self._program.run(variables, state, self._start, stop, after)
             return read, made
 
-        def step(moments, original, current, states, weight, keys):
+        def step(moments, original, current, states, weight, chosen):
             first, targets = capture(original, states[0])
             second, _ = capture(current, states[1])
             result = dict(moments)
@@ -191,8 +199,7 @@ class Relay:
                     self._program.steps[number].eqn,
                     second[tap.site][tap.image],
                     target,
-                    jax.vmap(jax.random.fold_in, (0, None))(keys, number),
-                    self._positions,
+                    chosen[tap.site],
                 )
                 weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)
                 x = x.reshape(-1, tap.parts, tap.rows)
@@ -207,6 +214,16 @@ class Relay:
             return result
 
         return step
+
+
+@partial(jax.jit, static_argnames=("sizes", "positions"))
+def _draw(
+    keys: jax.Array, number: int, sizes: tuple[int, ...], positions: int | None
+) -> jax.Array:
+    """Positions on a map of these sizes, (B, P, nd) or (P, nd); one program for all
+    taps of a size, for it takes longer to compile than most layers."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    return example_positions(keys, sizes, positions)
 
 
 def _zeros(tap: Tap, second: bool) -> Moments:

@@ -308,21 +308,19 @@ def rows_and_targets(
     eqn: jex.JaxprEqn,
     image: jax.Array,
     target: jax.Array,
-    keys: jax.Array,
-    positions: int | None,
+    chosen: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """X (B, P, parts, R) and Y (B, P, parts, N) at sampled positions of every example.
+    """X (B, P, parts, R) and Y (B, P, parts, N) at some positions of every example.
 
     Of all blocks of the tap's kernel, one for most.
 
     Args:
       image: the operand that the kernel reads, in the current network.
       target: the result of the equation in the original network.
-      keys: (B,), for the positions of each example.
-      positions: P; None for all.
+      chosen: int (B, P, nd), or (P, nd) for all, on the `output_map` of an example.
     """
     if eqn.primitive.name == "conv_general_dilated":
-        return _conv_rows(tap, eqn, image, target, keys, positions)
+        return _conv_rows(tap, eqn, image, target, chosen)
     contract = eqn.params["dimension_numbers"][0][tap.image]
     free = [d for d in range(image.ndim) if d not in contract]
     x = jnp.transpose(image, (*free, *contract))
@@ -332,21 +330,30 @@ def rows_and_targets(
         target = jnp.moveaxis(target, range(made), range(-made, 0))
     x = x.reshape(lead[0], -1, 1, tap.rows)
     y = target.reshape(lead[0], -1, 1, tap.outputs)
-    chosen = patches.example_positions(keys, x.shape[1:2], positions)[..., 0]
-    if chosen.ndim == 1:  # all
+    if chosen.ndim == 2:  # all
         return x, y
-    chosen = chosen[:, :, None, None]
+    chosen = chosen[:, :, :1, None]
     return jnp.take_along_axis(x, chosen, 1), jnp.take_along_axis(y, chosen, 1)
 
 
-def _conv_rows(tap: Tap, eqn, image, target, keys, positions):
+def output_map(tap: Tap, eqn: jex.JaxprEqn) -> tuple[int, ...]:
+    """The sizes of the map on which an example's outputs lie."""
+    if eqn.primitive.name == "conv_general_dilated":
+        spec = eqn.params["dimension_numbers"].out_spec
+        return tuple(eqn.outvars[0].aval.shape[d] for d in spec[2:])
+    contract = eqn.params["dimension_numbers"][0][tap.image]
+    shape = eqn.invars[tap.image].aval.shape
+    free = [size for d, size in enumerate(shape) if d not in contract]
+    return (math.prod(free[1:]),)
+
+
+def _conv_rows(tap: Tap, eqn, image, target, chosen):
     params = eqn.params
     numbers = params["dimension_numbers"]
     lhs, out = numbers.lhs_spec, numbers.out_spec
     image = jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1]))
     target = jnp.transpose(target, (out[0], *out[2:], out[1]))
     rhs = eqn.invars[1].aval.shape
-    chosen = patches.example_positions(keys, target.shape[1:-1], positions)
     x = patches.gather_patches(
         image,
         chosen,
