@@ -98,6 +98,8 @@ def prune(
       DataError, ScoreError: calibration data, or a loss, of another form.
       BudgetError: no plan meets the budget; says the nearest.
       EmissionError: the proof failed.
+
+    Warns where groups that the source turned out not to follow cost the budget.
     """
     started = time.perf_counter()
     asked = budgets.one_budget(

@@ -100,7 +100,7 @@ class Push:
         path = self.wiring.leaf.get(key)
         for other in self.parts.get(key, ()):
             if mark(other) == mark(region):
-                return path is None or Leaf(path, other, offset) in self.leaves
+                return path is None or self._offset(path, region) == offset
             if overlap(other, region):
                 return False
         if key in self.off:
@@ -120,6 +120,11 @@ class Push:
             return True
         self._restore(before)
         return False
+
+    def _offset(self, path: str, region: Region) -> float:
+        """With what offset a leaf takes the factor."""
+        held = (part for part in self.leaves if part.path == path)
+        return next(p.offset for p in held if mark(p.region) == mark(region))
 
     def onward(self, key: Key) -> bool:
         """True if all that reads the array can take its factor from elsewhere: the

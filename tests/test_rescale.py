@@ -11,6 +11,7 @@ from test_patterns import make
 
 import jaxprune as jp
 from jaxprune import surgery, trees
+from jaxprune.pushes import Push
 
 # Patterns, and a leaf that takes the factor when the query/key width shrinks.
 WIDTHS = {
@@ -283,3 +284,14 @@ def test_copies_take_the_offset_and_moments_do_not():
     np.testing.assert_array_equal(small["ema"]["s"], slim.variables["s"])
     np.testing.assert_allclose(small["mu"]["s"], kept * np.sqrt(2), rtol=1e-5)
     np.testing.assert_allclose(small["nu"]["s"], kept * 2, rtol=1e-5)
+
+
+def test_regions_of_one_variable_take_a_factor_one_by_one():
+    graph = jp.trace(lambda p, x: x @ p["qkv"], {"qkv": jnp.ones((3, 6))}, jnp.ones(3))
+    (key,) = graph.wiring.leaf
+    push = Push(graph.wiring, graph.records, lambda path: True)
+    first, second = np.arange(6) < 2, np.arange(6) > 3
+    assert push.into(key, (-1, first)) and push.into(key, (-1, second))
+    assert push.into(key, (-1, second.copy())) and len(push.leaves) == 2
+    assert not push.into(key, (-1, second.copy()), offset=1.0)
+    assert not push.into(key, (-1, first | second))
