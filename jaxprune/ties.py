@@ -68,7 +68,8 @@ def _guess(graph: ChannelGraph, halves: Plan) -> Settled | None:
         links = [link for link in links if not link.names & left.keys()]
         probe = _probe(graph, stuck)
         if fits(graph, graph.complete(probe)):
-            return Settled(graph, {}, stuck)
+            # Where others are at fault, the heads may be none of it.
+            return None if left else Settled(graph, {}, stuck)
         sets = _sisters(graph, [name for link in links for name in link.names])
         probe.update({name: probe[names[0]] for names in sets for name in names})
         if sets and fits(graph, graph.complete(probe)):
