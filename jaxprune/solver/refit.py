@@ -118,35 +118,37 @@ def refit(
     cov = finite_covariances(take_rows(moments, kept), centred=intercept)
     if ridge is None:
         ridge = default_ridge(cov.count, kept.size)
-    solved = _solve(cov.xx, cov.xy, prior[kept], ridge)
+    solved, product = _solve(cov.xx, cov.xy, prior[kept], ridge)
     new = np.zeros((rows, outputs))
     new[kept] = solved
     return Refit(
         new.astype(np.float32),
         (cov.mean_y - cov.mean_x @ solved).astype(np.float32),
-        _residual(cov, cov.xx, cov.xy, solved),
+        _residual(cov, product, solved),
     )
 
 
 def relative_residual(moments: Moments, kernel, *, intercept: bool = True):
     """(N,) float64: as Refit.residual, of any kernel (R, N) with the best intercept."""
-    cov = covariances(moments, centred=intercept)
-    return _residual(cov, cov.xx, cov.xy, np.asarray(kernel, np.float64))
+    cov, kernel = covariances(moments, centred=intercept), np.asarray(kernel, "f8")
+    return _residual(cov, cov.xx @ kernel, kernel)
 
 
-def _residual(cov: Covariances, gram, cross, kernel) -> np.ndarray:
-    error = cov.yy - 2 * (kernel * cross).sum(0) + (kernel * (gram @ kernel)).sum(0)
+def _residual(cov: Covariances, product, kernel) -> np.ndarray:
+    """product: A W, of the kernel W."""
+    error = cov.yy + (kernel * (product - 2 * cov.xy)).sum(0)
     # A constant target varies by float32 rounding of its mean only.
     varies = cov.yy > np.maximum((1e-6 * cov.mean_y) ** 2, 1e-30)
     scale = np.where(varies, cov.yy, 1.0)
     return np.where(varies, np.maximum(error, 0.0) / scale, 0.0)
 
 
-def _solve(gram, cross, prior, ridge: float) -> np.ndarray:
+def _solve(gram, cross, prior, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """W and A W, which the equations give without a product."""
     if not len(gram):
-        return prior
+        return prior, prior
     if not np.any(np.diagonal(gram) > 0):  # dead inputs say nothing of their weights
-        return prior
+        return prior, np.zeros_like(prior)
     added = row_ridge(np.diagonal(gram), ridge)
     difference = cross - gram @ prior
     while True:
@@ -159,4 +161,5 @@ def _solve(gram, cross, prior, ridge: float) -> np.ndarray:
         except linalg.LinAlgError:
             added = added * 10
             continue
-        return prior + linalg.cho_solve(factor, difference, check_finite=False)
+        change = linalg.cho_solve(factor, difference, check_finite=False)
+        return prior + change, cross - added[:, None] * change
