@@ -105,7 +105,11 @@ def concatenate(walk: Walk, eqn: jex.JaxprEqn, values: Sequence[Value]):
             axes.append(join(walk, parts, sizes))
             continue
         why = f"concatenated at {walk.where} beside an array without"
-        parts = [part for part, var in zip(parts, eqn.invars) if not is_empty(var)]
+        parts = [
+            part
+            for part, var in zip(parts, eqn.invars, strict=True)
+            if not is_empty(var)
+        ]
         axis = parts[0] if parts else None
         for other in parts[1:]:
             axis = walk.atoms.unite(axis, other, why)
