@@ -58,9 +58,9 @@ def _guess(graph: ChannelGraph, halves: Plan) -> Settled | None:
             continue
         tried.append(links)
         stuck = dict.fromkeys((n for link in links for n in link.whole), _WHOLE)
-        rest = {n: kept for n, kept in halves.items() if n not in stuck}
         if stuck.keys() in refused:
             continue
+        rest = {n: kept for n, kept in halves.items() if n not in stuck}
         if (left := nearly(graph, graph.complete(rest), _FEW)) is None:
             refused.append(set(stuck))
             continue

@@ -55,7 +55,7 @@ class ChannelGraph:
       ignore, replay, tied: as given to `trace`.
       notes: what the handle noted while it was traced.
       unnamed: the channel axis of noted layers that hold no array, by path.
-      aligned: what the static check found last, by channel mask.
+      aligned: what the static check found for the last plans, by channel mask.
       helped: which changes of stated numbers got a slim program further.
       followed: the numbers that got the program of the last plan furthest.
     """
