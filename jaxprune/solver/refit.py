@@ -8,7 +8,7 @@ import numpy as np
 from scipy import linalg
 
 from jaxprune.errors import ScoreError
-from jaxprune.stats.moments import Covariances, Moments, covariances, take_rows
+from jaxprune.stats.moments import Covariances, Moments, covariances
 
 # Moments come from float32 products: what is below this share of a row's energy is
 # rounding, and a smaller ridge would fit it.
@@ -65,9 +65,11 @@ def row_ridge(energies: np.ndarray, ridge: float) -> np.ndarray:
     return np.maximum(added, NOISE * np.maximum(energies, scale * (capped == np.inf)))
 
 
-def finite_covariances(moments: Moments, *, centred: bool) -> Covariances:
+def finite_covariances(
+    moments: Moments, *, centred: bool, rows: np.ndarray | None = None
+) -> Covariances:
     """`covariances`, checked. Raises ScoreError for NaN or infinity in them."""
-    cov = covariances(moments, centred=centred)
+    cov = covariances(moments, centred=centred, rows=rows)
     if not (np.isfinite(cov.xx).all() and np.isfinite(cov.xy).all()):
         raise ScoreError(
             "the moments hold NaN or infinity: the calibration activations overflowed; "
@@ -115,7 +117,7 @@ def refit(
             f"a kernel ({rows}, {outputs}); found {row_keep.shape} and {prior.shape}"
         )
     kept = np.flatnonzero(row_keep)
-    cov = finite_covariances(take_rows(moments, kept), centred=intercept)
+    cov = finite_covariances(moments, centred=intercept, rows=kept)
     if ridge is None:
         ridge = default_ridge(cov.count, kept.size)
     solved, product = _solve(cov.xx, cov.xy, prior[kept], ridge)
@@ -150,10 +152,9 @@ def _solve(gram, cross, prior, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     if not np.any(np.diagonal(gram) > 0):  # dead inputs say nothing of their weights
         return prior, np.zeros_like(prior)
     added = row_ridge(np.diagonal(gram), ridge)
-    difference = cross - gram @ prior
     while True:
-        shifted = gram.copy()
-        shifted.flat[:: len(gram) + 1] += added
+        shifted = gram.T.copy(order="F")  # LAPACK's order: factored in place
+        np.fill_diagonal(shifted, np.diagonal(gram) + added)
         try:
             factor = linalg.cho_factor(
                 shifted, lower=True, overwrite_a=True, check_finite=False
@@ -161,5 +162,6 @@ def _solve(gram, cross, prior, ridge: float) -> tuple[np.ndarray, np.ndarray]:
         except linalg.LinAlgError:
             added = added * 10
             continue
-        change = linalg.cho_solve(factor, difference, check_finite=False)
-        return prior + change, cross - added[:, None] * change
+        pull = added[:, None] * prior
+        solved = linalg.cho_solve(factor, cross + pull, check_finite=False)
+        return solved, cross + pull - added[:, None] * solved

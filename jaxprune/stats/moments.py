@@ -149,19 +149,6 @@ def _of_block(x: jax.Array, y: jax.Array, weight: jax.Array, size: int) -> Momen
     )
 
 
-def take_rows(moments: Moments, rows: np.ndarray) -> Moments:
-    """Moments of the inputs x[rows] alone, on the host; rows int (K,)."""
-
-    def part(mean_x, xx, xy):
-        xx = np.asarray(xx)[np.ix_(rows, rows)]
-        return np.asarray(mean_x)[rows], xx, np.asarray(xy)[rows]
-
-    mean_x, xx, xy = part(moments.mean_x, moments.xx, moments.xy)
-    low = list(moments.low)
-    low[1], low[3], low[4] = part(low[1], low[3], low[4])
-    return moments._replace(mean_x=mean_x, xx=xx, xy=xy, low=tuple(low))
-
-
 class Covariances(NamedTuple):
     """Float64 means and second moments divided by the count, on the host.
 
@@ -179,22 +166,63 @@ class Covariances(NamedTuple):
     yy: np.ndarray
 
 
-def covariances(moments: Moments, *, centred: bool = True) -> Covariances:
+def covariances(
+    moments: Moments, *, centred: bool = True, rows: np.ndarray | None = None
+) -> Covariances:
     """Means and (co)variances, population form; no sample at all gives zeros.
 
     Args:
       centred: second moments about the means, which an intercept takes; False: about
         zero, and the means are reported as zero.
+      rows: int (K,), for the inputs x[rows] alone; default all.
     """
-    count, mean_x, mean_y, xx, xy, yy = (
-        np.asarray(high, np.float64) + np.asarray(low, np.float64)
-        for high, low in zip(moments[:6], moments.low, strict=True)
-    )
-    n = max(float(count), 1e-300)
-    xx, xy, yy = xx / n, xy / n, yy / n
+    among = slice(None) if rows is None else rows
+    mean_x, mean_y = _float64(moments, 1, among), _float64(moments, 2)
     if not centred:
-        xx += np.outer(mean_x, mean_x)
-        xy += np.outer(mean_x, mean_y)
-        yy += mean_y**2
         mean_x, mean_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
-    return Covariances(float(count), mean_x, mean_y, xx, xy, yy)
+    return Covariances(
+        float(_float64(moments, 0)),
+        mean_x,
+        mean_y,
+        input_covariances(moments, among, among, centred=centred),
+        *target_covariances(moments, among, centred=centred),
+    )
+
+
+def input_covariances(
+    moments: Moments, rows, columns, *, centred: bool = True
+) -> np.ndarray:
+    """A part of `covariances(moments).xx`, float64: these rows, these columns.
+
+    rows, columns: slices or int arrays. What is left out is never made: all of it is
+    four times the float32 moments.
+    """
+    part = _float64(moments, 3, rows, columns)
+    part /= max(float(_float64(moments, 0)), 1e-300)
+    if not centred:
+        mean = _float64(moments, 1)
+        part += np.outer(mean[rows], mean[columns])
+    return part
+
+
+def target_covariances(
+    moments: Moments, rows=slice(None), *, centred: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """(xy of these rows, yy) as in `covariances(moments)`, float64."""
+    n = max(float(_float64(moments, 0)), 1e-300)
+    xy, yy = _float64(moments, 4, rows), _float64(moments, 5)
+    xy /= n
+    yy /= n
+    if not centred:
+        mean_y = _float64(moments, 2)
+        xy += np.outer(_float64(moments, 1, rows), mean_y)
+        yy += mean_y**2
+    return xy, yy
+
+
+def _float64(moments: Moments, field: int, *index) -> np.ndarray:
+    """Both words of a field, at one index for each of its first axes."""
+    words = [np.asarray(moments[field]), np.asarray(moments.low[field])]
+    for axis, chosen in enumerate(index):
+        words = [word[(slice(None),) * axis + (chosen,)] for word in words]
+    return np.add(*words, dtype=np.float64)
