@@ -11,7 +11,7 @@ import pytest
 
 from jaxprune.stats import activations as act
 from jaxprune.stats import moments as mom
-from jaxprune.stats.patches import gather_patches, gather_positions, sample_positions
+from jaxprune.stats.patches import example_positions, gather_patches, gather_positions
 
 update = jax.jit(mom.update)
 
@@ -196,13 +196,13 @@ def test_patches_times_kernel_is_the_convolution(
         "rhs_dilation": dilation,
         "lhs_dilation": lhs,
     }
-    everywhere = sample_positions(jax.random.key(0), out.shape[1:-1], None)
+    keys = jax.random.split(jax.random.key(1), 3)
+    everywhere = example_positions(keys, out.shape[1:-1], None)
     rows = gather_patches(x, everywhere, **options)
     np.testing.assert_allclose(
         rows @ kernel.reshape(-1, 6), out.reshape(-1, 6), atol=1e-4
     )
-    keys = jax.random.split(jax.random.key(1), 3)
-    own = jnp.stack([sample_positions(k, out.shape[1:-1], 4) for k in keys])
+    own = example_positions(keys, out.shape[1:-1], 4)
     rows = gather_patches(x, own, **options)
     np.testing.assert_allclose(
         rows @ kernel.reshape(-1, 6), gather_positions(out, own), atol=1e-4
@@ -210,16 +210,16 @@ def test_patches_times_kernel_is_the_convolution(
 
 
 def test_sampled_positions_are_distinct_and_seeded():
-    key = jax.random.key(3)
-    some = np.asarray(sample_positions(key, (6, 7), 10))
+    key = jax.random.split(jax.random.key(3), 1)
+    some = np.asarray(example_positions(key, (6, 7), 10))[0]
     assert some.shape == (10, 2) and len(np.unique(some, axis=0)) == 10
     assert some.max(0)[0] < 6 and some.max(0)[1] < 7
-    np.testing.assert_array_equal(some, sample_positions(key, (6, 7), 10))
-    drawn = [sample_positions(k, (3, 5), 4) for k in jax.random.split(key, 4000)]
+    np.testing.assert_array_equal(some, example_positions(key, (6, 7), 10)[0])
+    drawn = np.asarray(example_positions(jax.random.split(key[0], 4000), (3, 5), 4))
     counts = np.zeros((3, 5))
-    np.add.at(counts, tuple(np.concatenate(drawn).T), 1)
+    np.add.at(counts, tuple(drawn.reshape(-1, 2).T), 1)
     np.testing.assert_allclose(counts / 4000, 4 / 15, atol=0.03)  # 4 deviations
-    every = np.asarray(sample_positions(key, (2, 3), 99))
+    every = np.asarray(example_positions(key, (2, 3), 99))
     assert every.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
 
 

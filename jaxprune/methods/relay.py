@@ -10,6 +10,8 @@ not fit into `MEMORY`, they stay where they are and more is run again.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +32,8 @@ from jaxprune.stats.moments import Moments
 
 # Bytes of activations kept for all calibration batches of both networks.
 MEMORY = 4 * 2**30
+# Bytes of one batch's rows that may lie beside each other.
+ROWS = 2**30
 
 
 class Relay:
@@ -105,13 +109,23 @@ class Relay:
         # The blocks of a kernel are measured together.
         uses = list({tap.site: tap for tap in taps}.values())
         sums = {tap.path: _zeros(tap, second) for tap in uses}
-        step = jax.jit(self._step(uses), donate_argnums=0)
+        # One program for all drops each tap's rows before it makes the next one's.
+        together = self._row_bytes(uses) > ROWS
+        rows = self._rows(uses) if together else jax.jit(self._rows(uses))
+
+        def step(sums, original, current, states, weight, chosen):
+            found, new = rows(original, current, states, chosen), dict(sums)
+            for tap in uses:
+                update = _update if tap.parts == 1 else _update_blocks
+                new[tap.path] = update(new[tap.path], *found[tap.site], weight)
+            return new
+
+        if together:
+            step = jax.jit(step, donate_argnums=0)
         leaves, key, seen = jax.tree.leaves(current), jax.random.key(seed), 0
         for states, weight in self._batches():
             # By number, so that the split into batches does not matter.
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(
-                key, np.arange(seen, seen + weight.size)
-            )
+            keys = _fold_in(key, np.arange(seen, seen + weight.size))
             chosen = {tap.site: self._chosen(tap, keys) for tap in uses}
             sums = step(sums, self._original, leaves, states, weight, chosen)
             seen += int(np.sum(weight))
@@ -122,9 +136,20 @@ class Relay:
 
     def _chosen(self, tap: Tap, keys: jax.Array) -> jax.Array:
         """The positions at which a tap is measured, for each example's key."""
-        number = self._number[tap.site]
-        sizes = output_map(tap, self._program.steps[number].eqn)
-        return _draw(keys, number, sizes, self._positions)
+        keys = _fold_in_each(keys, self._number[tap.site])
+        return example_positions(keys, self._map(tap), self._positions)
+
+    def _map(self, tap: Tap) -> tuple[int, ...]:
+        return output_map(tap, self._program.steps[self._number[tap.site]].eqn)
+
+    def _row_bytes(self, taps: Sequence[Tap]) -> int:
+        """What X and Y of all taps take for one batch."""
+        images = self._calibration.size
+        most = self._positions or sys.maxsize
+        return 4 * images * sum(
+            min(math.prod(self._map(tap)), most) * tap.parts * (tap.rows + tap.outputs)
+            for tap in taps
+        )  # fmt: skip
 
     def observe(
         self,
@@ -167,7 +192,8 @@ class Relay:
             seen += have
         return state
 
-    def _step(self, taps: Sequence[Tap]):
+    def _rows(self, taps: Sequence[Tap]):
+        """Program: the rows X, Y (B, P, parts, ...) of each tap, by its site."""
         sums = {
             t.site: self._shortcuts[t.site] for t in taps if t.site in self._shortcuts
         }
@@ -186,44 +212,45 @@ class Relay:
             self._program.run(variables, state, self._start, stop, after)
             return read, made
 
-        def step(moments, original, current, states, weight, chosen):
+        def rows(original, current, states, chosen):
             first, targets = capture(original, states[0])
             second, _ = capture(current, states[1])
-            result = dict(moments)
+            result = {}
             for tap in taps:
                 number, target = self._number[tap.site], targets[tap.site]
                 if tap.site in sums:
                     target = from_operands(sums[tap.site], target, first, second)
-                x, y = rows_and_targets(
+                result[tap.site] = rows_and_targets(
                     tap,
                     self._program.steps[number].eqn,
                     second[tap.site][tap.image],
                     target,
                     chosen[tap.site],
                 )
-                weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)
-                x = x.reshape(-1, tap.parts, tap.rows)
-                y = y.reshape(-1, tap.parts, tap.outputs)
-                known = result[tap.path]
-                if tap.parts == 1:
-                    new = moments_lib.update(known, x[:, 0], y[:, 0], weights)
-                else:
-                    every = jax.vmap(moments_lib.update, (0, 1, 1, None))
-                    new = every(known, x, y, weights)
-                result[tap.path] = new
             return result
 
-        return step
+        return rows
 
 
-@partial(jax.jit, static_argnames=("sizes", "positions"))
-def _draw(
-    keys: jax.Array, number: int, sizes: tuple[int, ...], positions: int | None
-) -> jax.Array:
-    """Positions on a map of these sizes, (B, P, nd) or (P, nd); one program for all
-    taps of a size, for it takes longer to compile than most layers."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-    return example_positions(keys, sizes, positions)
+# Programs of their own, for what they take to compile: one for all taps, or for all of
+# a shape, where the rows' program is another for each group.
+_fold_in = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (0, None)))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _update(moments: Moments, x: jax.Array, y: jax.Array, weight: jax.Array) -> Moments:
+    """x, y (B, P, 1, ...) added, with the weight of each example (B,)."""
+    weights = jnp.broadcast_to(weight[:, None], x.shape[:2]).reshape(-1)
+    x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+    return moments_lib.update(moments, x, y, weights)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _update_blocks(moments: Moments, x: jax.Array, y: jax.Array, weight: jax.Array):
+    """As `_update` for x, y (B, P, parts, ...) and moments with a leading axis."""
+    every = jax.vmap(_update, (0, 2, 2, None))
+    return every(moments, x[:, :, :, None], y[:, :, :, None], weight)
 
 
 def _zeros(tap: Tap, second: bool) -> Moments:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
-from scipy.linalg import blas
+from scipy import linalg, sparse
 
 from jaxprune.errors import ScoreError
 from jaxprune.stats.moments import Moments, input_covariances, target_covariances
@@ -108,7 +107,8 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     go on spinning for tens of milliseconds and take the cores from this one's. Layer
     after layer, selection and refit by the two take twice as long on 2 cores.
     """
-    return blas.dgemm(1.0, b.T, a.T, trans_a=True).T
+    (gemm,) = linalg.get_blas_funcs(("gemm",), (a, b))
+    return gemm(1.0, b.T, a.T, trans_a=True).T
 
 
 def combine(systems: Sequence[GateSystem], *, balance: bool = True) -> GateSystem:

@@ -12,6 +12,7 @@ from jaxprune.stats import compensated
 
 # Rows of one float32 matrix product: longer ones lose digits (the error grows with their square root).
 BLOCK = 1024
+Rows = slice | np.ndarray  # some of the inputs, or all
 
 
 class Moments(NamedTuple):
@@ -176,7 +177,7 @@ def covariances(
         zero, and the means are reported as zero.
       rows: int (K,), for the inputs x[rows] alone; default all.
     """
-    among = slice(None) if rows is None else rows
+    among: Rows = slice(None) if rows is None else rows
     mean_x, mean_y = _float64(moments, 1, among), _float64(moments, 2)
     if not centred:
         mean_x, mean_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
@@ -190,11 +191,11 @@ def covariances(
 
 
 def input_covariances(
-    moments: Moments, rows, columns, *, centred: bool = True
+    moments: Moments, rows: Rows, columns: Rows, *, centred: bool = True
 ) -> np.ndarray:
     """A part of `covariances(moments).xx`, float64: these rows, these columns.
 
-    rows, columns: slices or int arrays. What is left out is never made: all of it is
+    What is left out is never made: all of it is
     four times the float32 moments.
     """
     part = _float64(moments, 3, rows, columns)
@@ -206,7 +207,7 @@ def input_covariances(
 
 
 def target_covariances(
-    moments: Moments, rows=slice(None), *, centred: bool = True
+    moments: Moments, rows: Rows = slice(None), *, centred: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """(xy of these rows, yy) as in `covariances(moments)`, float64."""
     n = max(float(_float64(moments, 0)), 1e-300)

@@ -65,36 +65,42 @@ def gather_positions(y: jax.Array, positions: jax.Array) -> jax.Array:
     return gather_patches(y, positions, window=(1,) * (y.ndim - 2))
 
 
-def sample_positions(
-    key: jax.Array, out_spatial: Sequence[int], count: int | None
+def example_positions(
+    keys: jax.Array, out_spatial: Sequence[int], count: int | None
 ) -> jax.Array:
-    """Int (P, nd): distinct positions of an output map, each as likely as any other.
+    """Int (B, P, nd): distinct positions of an output map for every example.
 
-    One of each of P equal runs in raster order, from a random start on.
+    One of each of P equal runs in raster order, from a random start on: each position
+    is as likely as any other. Where all are taken, they are (P, nd), for all examples.
 
     Args:
+      keys: (B,), one for each example.
       count: P; None, or at least the number of positions, takes all of them once.
     """
     total = math.prod(out_spatial)
     if count is None or count >= total:
-        flat = jnp.arange(total)
-    else:
-        starts = np.arange(count + 1) * total // count
-        first, within = jax.random.split(key)
-        step = jax.random.randint(within, (count,), 0, np.diff(starts))
-        shift = jax.random.randint(first, (), 0, total)
-        flat = (starts[:-1] + step + shift) % total
-    return jnp.stack(jnp.unravel_index(flat, tuple(out_spatial)), axis=-1)
+        every = np.indices(tuple(out_spatial)).reshape(len(out_spatial), total)
+        return jnp.asarray(every.T)
+    starts = np.arange(count + 1) * total // count
+    return _sampled(keys, starts, np.asarray(out_spatial))
 
 
-def example_positions(
-    keys: jax.Array, out_spatial: Sequence[int], count: int | None
-) -> jax.Array:
-    """`sample_positions` of every example, (B, P, nd), or (P, nd) where all are taken.
+@jax.jit
+def _sampled(keys: jax.Array, starts: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`example_positions` from the starts of the runs and the end, (P + 1,).
 
-    Args:
-      keys: (B,), one for each example.
+    Sizes are data: one program, which takes longer to compile than most layers, draws
+    for maps of all sizes.
     """
-    if count is None or count >= math.prod(out_spatial):
-        return sample_positions(keys[0], out_spatial, None)
-    return jax.vmap(lambda key: sample_positions(key, out_spatial, count))(keys)
+
+    def one(key: jax.Array) -> jax.Array:
+        first, within = jax.random.split(key)
+        step = jax.random.randint(within, (len(starts) - 1,), 0, jnp.diff(starts))
+        shift = jax.random.randint(first, (), 0, starts[-1])
+        return (starts[:-1] + step + shift) % starts[-1]
+
+    flat, index = jax.vmap(one)(keys), []
+    for axis in reversed(range(len(sizes))):
+        index.append(flat % sizes[axis])
+        flat //= sizes[axis]
+    return jnp.stack(index[::-1], axis=-1)
