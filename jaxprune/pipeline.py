@@ -28,6 +28,7 @@ from jaxprune.records import Budget, Group, Plan, Slim
 from jaxprune.rounds import Finetune, layer_by_layer, proof, step_by_step
 from jaxprune.runner import Runner, conv_order
 from jaxprune.schedule import removed_shares
+from jaxprune.slicing import check_weights
 from jaxprune.surgery import shrunk, warn_unread
 from jaxprune.ties import settled, untied
 from jaxprune.tracing import trace
@@ -95,7 +96,8 @@ def prune(
     Raises:
       ConfigError: unknown method, option or schedule, or a value of a wrong type or
         out of range.
-      DataError, ScoreError: calibration data, or a loss, of another form.
+      DataError, ScoreError: calibration data, or a loss, of another form; weights that
+        hold NaN; a model through which JAX takes no gradients, where they are needed.
       BudgetError: no plan meets the budget; says the nearest.
       EmissionError: the proof failed.
 
@@ -121,6 +123,7 @@ def prune(
         graph = trace(model, data.inputs, apply=apply, ignore=ignore)
     else:
         graph = trace(model, variables, data.inputs, apply=apply, ignore=ignore)
+    check_weights(graph.variables)
     original = graph
     together = asked is not None and (finetune is None or shares is not None)
     graph, groups, stuck = _prunable(graph, together)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.errors import GraphError, PlanError
+from jaxprune.errors import GraphError, PlanError, ScoreError
 from jaxprune.graph import ChannelGraph
 from jaxprune.records import Plan
 
@@ -89,6 +89,24 @@ def checked_leaves(graph: ChannelGraph, variables: Any) -> dict[str, Any]:
             + "\n  ".join(problems[:8])
         )
     return leaves
+
+
+def check_weights(variables: Any) -> None:
+    """Nothing, if no array holds NaN; infinities may be a mask.
+
+    Raises:
+      ScoreError: one does, by name.
+    """
+    for path, leaf in trees.flatten(trees.arrays(variables)).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        wrong = int(np.isnan(np.asarray(leaf)).sum())  # jnp compiles for each shape
+        if wrong:
+            raise ScoreError(
+                f"{path} holds NaN in {wrong} of {leaf.size} entries: nothing can be "
+                "chosen or refitted by such weights; take those of an earlier step, "
+                "or repair the array"
+            )
 
 
 def mask_variables(

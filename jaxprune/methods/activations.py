@@ -13,6 +13,7 @@ from jax.extend import core as jex
 
 from jaxprune.graph import ChannelGraph, Record, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import CALLS, Stop, sub_jaxprs
+from jaxprune.graph.examples import Layout, layouts
 from jaxprune.graph.interpret import Value
 from jaxprune.graph.rules.elementwise import ELEMENTWISE
 from jaxprune.methods.measure import Calibration, channel_index
@@ -28,6 +29,7 @@ class Place:
       site: the equation; its result `output`, or its operand `operand` if not None.
       axis: the channels' axis.
       index: int (C, m), the indices of each channel on it.
+      layout: where the examples lie in the array.
       conv: True if the group's producer is a convolution.
     """
 
@@ -36,6 +38,7 @@ class Place:
     operand: int | None
     axis: int
     index: np.ndarray
+    layout: Layout
     conv: bool
 
 
@@ -82,7 +85,7 @@ def _read(graph, group, taps: Sequence[Tap], makers) -> Place | None:
         value = graph.records[tap.site].inputs[tap.image]
         spot = _spot(graph, group, value)
         if np.isin(tap.row_needs, group.units).any() and spot is not None:
-            return Place(tap.site, 0, tap.image, *spot, conv)
+            return Place(tap.site, 0, tap.image, *spot, tap.layout, conv)
     return None
 
 
@@ -90,9 +93,11 @@ def _produced(graph: ChannelGraph, group: Group, record: Record) -> Place | None
     site, output = _activated(graph, record)
     value = graph.records[site].outputs[output]
     spot = _spot(graph, group, value)
-    if spot is None:
+    layout = layouts(graph).results.get(site, {output: None})[output]
+    if spot is None or layout is None or layout.axis == spot[0]:
         return None
-    return Place(site, output, None, *spot, record.name == "conv_general_dilated")
+    conv = record.name == "conv_general_dilated"
+    return Place(site, output, None, *spot, layout, conv)
 
 
 def _spot(graph, group: Group, value: Value) -> tuple[int, np.ndarray] | None:
@@ -188,7 +193,9 @@ def channels_last(
         array = jnp.abs(array)
     channels, copies = place.index.shape
     array = jnp.take(array, place.index.T.reshape(-1), axis=place.axis)
+    others = [axis for axis in range(array.ndim) if axis != place.axis]
     array = jnp.moveaxis(array, place.axis, -1)
+    array = place.layout.moved((*others, place.axis)).first(array)
     return array.reshape(*array.shape[:-1], copies, channels)
 
 

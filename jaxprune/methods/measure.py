@@ -7,6 +7,7 @@ masks or weights compiles nothing anew; a last, smaller batch is padded and weig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.errors import DataError
+from jaxprune.errors import DataError, ScoreError, first_line
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.methods.batches import (
     check_numbers,
@@ -28,6 +29,24 @@ from jaxprune.methods.taps import Tap
 from jaxprune.records import Group
 
 LossFn = Callable[[Any, Any], jax.Array]
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Says what to do where JAX takes no gradients through a model.
+
+    Raises:
+      ScoreError: a loop whose length the data decide, a check of checkify ...
+    """
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ScoreError(
+            "the gradients of the loss are needed, and JAX does not take them through "
+            f"this model: {type(error).__name__}: {first_line(error)}; choose by "
+            "weights or activations (method='l2', 'activation_mean', 'lasso', "
+            "'importance_redundancy'), or cpli with mu=0, feature_importance=False"
+        ) from error
 
 
 def cross_entropy(outputs: Any, y: Any) -> jax.Array:
@@ -152,12 +171,15 @@ def gate_gradients(
             if site not in readers:
                 return operands
             operands = list(operands)
-            image = taps_at[site].image
+            image, layout = taps_at[site].image, taps_at[site].layout
+            assert layout.axis is not None
             for name, (axis, index) in readers[site]:
                 open_ = jnp.ones((gates[name].shape[0], 1), gates[name].dtype)
                 gate = jnp.concatenate([gates[name], open_], 1)[:, index]
+                gate = layout.last(gate)  # (rows of the examples' axis, channels')
                 shape = [1] * operands[image].ndim
-                shape[0], shape[axis] = gate.shape
+                shape[layout.axis], shape[axis] = gate.shape
+                gate = gate.T if axis < layout.axis else gate
                 operands[image] = operands[image] * gate.reshape(shape).astype(
                     operands[image].dtype
                 )
@@ -179,7 +201,8 @@ def gate_gradients(
     sums = {n: jnp.zeros((3, sizes[n])) for n in names}
     count = 0.0
     for inputs, y, weight in calibration:
-        sums = step(sums, variables, inputs, y, weight)
+        with differentiable():
+            sums = step(sums, variables, inputs, y, weight)
         count += float(np.sum(weight))
     return {n: np.asarray(s, np.float64) / count for n, s in sums.items()}
 
@@ -197,10 +220,12 @@ def gate_readers(
         by_unit[group.units] = number
     for tap in {tap.site: tap for tap in taps}.values():  # blocks read one image
         value = graph.records[tap.site].inputs[tap.image]
-        if not value.axes or value.axes[0] is not None:
-            continue  # the leading axis must be the batch
+        if tap.layout.axis is None:
+            continue  # one array for all examples: no gate for each
         for axis, nodes in enumerate(value.axes):
-            if nodes is None or not reads(graph, tap, axis):
+            if nodes is None or not reads(
+                graph, tap, axis
+            ):  # of which none is the batch
                 continue
             needs = graph.needs(nodes)
             for number in sorted(set(by_unit[needs[needs >= 0]].tolist()) - {-1}):

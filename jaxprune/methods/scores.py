@@ -18,7 +18,7 @@ from jaxprune.errors import ScoreError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.activations import find_places, stream
 from jaxprune.methods.losses import check_loss
-from jaxprune.methods.measure import Calibration, LossFn, cross_entropy
+from jaxprune.methods.measure import Calibration, LossFn, cross_entropy, differentiable
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Group
 from jaxprune.slicing import checked_leaves
@@ -129,7 +129,8 @@ def _batch_gradients(graph, variables, data: Calibration, loss_fn, fn):
     }
     count = 0.0
     for inputs, y, weight in data:
-        sums = step(sums, params, variables, inputs, y, weight)
+        with differentiable():
+            sums = step(sums, params, variables, inputs, y, weight)
         count += float(np.sum(weight))
     grads = {path: total / count for path, total in sums.items()}
     leaves = trees.flatten(variables)
@@ -160,7 +161,9 @@ def _example_gradients(graph, variables, data: Calibration, loss_fn, fn):
         for start in range(0, have, EXAMPLES_AT_ONCE):
             part = slice(start, min(start + EXAMPLES_AT_ONCE, have))
             few = jax.tree.map(lambda a, part=part: a[part], (inputs, y))
-            for name, values in step(params, variables, *few).items():
+            with differentiable():
+                found = step(params, variables, *few)
+            for name, values in found.items():
                 sums[name] += _host(values)
         count += have
     return {name: total / count for name, total in sums.items()}

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxprune import trees
 from jaxprune.graph import ChannelGraph
+from jaxprune.graph.examples import layouts
 from jaxprune.methods.losses import are_logits
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.reconstruct import (
@@ -159,20 +160,31 @@ def divergence(
             break
     run = jax.jit(lambda v, i: jax.tree.leaves(graph.handle(v, *i)))
     references = [run(variables, inputs) for inputs, _ in batches]
+    outputs = layouts(graph.retrace(calibration.inputs)).outputs
 
     @jax.jit
     def compare(variables, inputs, weight, reference):
         total = 0.0
-        for found, wanted in zip(
-            jax.tree.leaves(graph.handle(variables, *inputs)), reference, strict=True
+        for found, wanted, layout in zip(
+            jax.tree.leaves(graph.handle(variables, *inputs)),
+            reference,
+            outputs,
+            strict=True,
         ):
             if not jnp.issubdtype(wanted.dtype, jnp.floating):
                 continue
             found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
+            logits = are_logits(wanted, calibration, loss_fn)
+            if layout is None:  # all examples as one, counted as often
+                logits, found, wanted = False, found[None], wanted[None]
+            else:
+                logits = logits and layout.axis == 0
+                found, wanted = layout.first(found), layout.first(wanted)
             gap = _relative_error(found, wanted)
-            if are_logits(wanted, calibration, loss_fn):
+            if logits:
                 wanted, found = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
-                divergence = (jnp.exp(wanted) * (wanted - found)).sum(1)
+                divergence = (jnp.exp(wanted) * (wanted - found)).sum(-1)
+                divergence = divergence.reshape(len(gap), -1).mean(1)
                 gap = jnp.maximum(divergence, 0) + SURE * gap
             total = total + (gap * weight).sum()
         return total

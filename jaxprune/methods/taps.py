@@ -24,6 +24,7 @@ from jax.extend import core as jex
 
 from jaxprune.graph import ChannelGraph, Record, Site
 from jaxprune.graph.evaluate import CALLS, sub_jaxprs
+from jaxprune.graph.examples import Layout, layouts
 from jaxprune.graph.interpret import CASTS, VIEWS
 from jaxprune.records import Group
 from jaxprune.stats import patches
@@ -46,6 +47,7 @@ class Tap:
       row_needs, column_needs: int arrays (R, F), (N, F): channels, -1 for none.
       intercept: leaf that can take a shift of these outputs, and of no others; or None.
       sign: +1 if the intercept is added to the outputs, -1 if subtracted.
+      layout: where the examples lie in the image.
       part, parts: which of how many blocks of the kernel's columns.
     """
 
@@ -60,6 +62,7 @@ class Tap:
     column_needs: np.ndarray
     intercept: str | None
     sign: int
+    layout: Layout
     part: int = 0
     parts: int = 1
 
@@ -127,7 +130,8 @@ def find_taps(graph: ChannelGraph) -> tuple[Tap, ...]:
 
     Kernels that are not leaves themselves (stacked by a scan, normalised by weight
     norm), depthwise convolutions, which read each channel for itself alone, batched
-    products and those of complex numbers are left out.
+    products, those of complex numbers, and images in which the examples cannot be told
+    apart, are left out.
     """
     taps = []
     for site, record in graph.records.items():
@@ -170,6 +174,8 @@ def _conv_taps(graph: ChannelGraph, site: Site, record: Record) -> list[Tap]:
     parts, spec = params["feature_group_count"], params["dimension_numbers"].rhs_spec
     order = (*spec[2:], spec[1], spec[0])
     tap = _tap(graph, site, record, 0, 1, order, len(order) - 1)
+    if tap is None or tap.layout.axis not in (None, params["dimension_numbers"][0][0]):
+        return []
     if parts == 1:
         return [tap]
     inputs = record.eqn.invars[1].aval.shape[spec[1]]
@@ -194,7 +200,10 @@ def _dot_tap(graph: ChannelGraph, site: Site, record: Record) -> list[Tap]:
     rank = len(record.inputs[kernel].axes)
     used = tuple(contract[kernel])
     free = tuple(d for d in range(rank) if d not in used)
-    return [_tap(graph, site, record, 1 - kernel, kernel, (*used, *free), len(used))]
+    tap = _tap(graph, site, record, 1 - kernel, kernel, (*used, *free), len(used))
+    if tap is None or tap.layout.axis in contract[1 - kernel]:
+        return []
+    return [tap]
 
 
 def _tap(
@@ -205,7 +214,10 @@ def _tap(
     kernel: int,
     order: tuple[int, ...],
     contracted: int,
-) -> Tap:
+) -> Tap | None:
+    layout = layouts(graph).operands.get(site, {image: None})[image]
+    if layout is None:
+        return None
     value = record.inputs[kernel]
     shape = record.eqn.invars[kernel].aval.shape
     dims = [(value.axes[d], shape[d]) for d in order]
@@ -229,6 +241,7 @@ def _tap(
         _grid_needs(graph, dims[contracted:]),
         intercept,
         sign,
+        layout,
     )
 
 
@@ -323,13 +336,13 @@ def rows_and_targets(
         return _conv_rows(tap, eqn, image, target, chosen)
     contract = eqn.params["dimension_numbers"][0][tap.image]
     free = [d for d in range(image.ndim) if d not in contract]
-    x = jnp.transpose(image, (*free, *contract))
-    lead = x.shape[: len(free)]
+    layout = tap.layout.moved((*free, *contract))
+    x = layout.first(jnp.transpose(image, (*free, *contract)))
     if tap.image == 1:  # the kernel's axes come first in the result
         made = target.ndim - len(free)
         target = jnp.moveaxis(target, range(made), range(-made, 0))
-    x = x.reshape(lead[0], -1, 1, tap.rows)
-    y = target.reshape(lead[0], -1, 1, tap.outputs)
+    x = x.reshape(len(x), -1, 1, tap.rows)
+    y = layout.first(target).reshape(len(x), -1, 1, tap.outputs)
     if chosen.ndim == 2:  # all
         return x, y
     chosen = chosen[:, :, :1, None]
@@ -340,28 +353,39 @@ def output_map(tap: Tap, eqn: jex.JaxprEqn) -> tuple[int, ...]:
     """The sizes of the map on which an example's outputs lie."""
     if eqn.primitive.name == "conv_general_dilated":
         spec = eqn.params["dimension_numbers"].out_spec
-        return tuple(eqn.outvars[0].aval.shape[d] for d in spec[2:])
+        sizes = tuple(eqn.outvars[0].aval.shape[d] for d in spec[1:])
+        beside = _beside(tap.layout, eqn.outvars[0].aval.shape[spec[0]])
+        return (*beside, *sizes[1:])
     contract = eqn.params["dimension_numbers"][0][tap.image]
     shape = eqn.invars[tap.image].aval.shape
-    free = [size for d, size in enumerate(shape) if d not in contract]
-    return (math.prod(free[1:]),)
+    rows = math.prod(size for d, size in enumerate(shape) if d not in contract)
+    return (rows if tap.layout.axis is None else rows // tap.layout.size,)
+
+
+def _beside(layout: Layout, rows: int) -> tuple[int, ...]:
+    """The axis that `Layout.first` adds to a map of so many rows, if any."""
+    each = rows if layout.axis is None else layout.merged
+    return (each,) if layout.axis is None or each > 1 else ()
 
 
 def _conv_rows(tap: Tap, eqn, image, target, chosen):
     params = eqn.params
     numbers = params["dimension_numbers"]
     lhs, out = numbers.lhs_spec, numbers.out_spec
-    image = jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1]))
-    target = jnp.transpose(target, (out[0], *out[2:], out[1]))
+    layout = tap.layout.moved((lhs[0], *lhs[2:], lhs[1]))
+    image = layout.first(jnp.transpose(image, (lhs[0], *lhs[2:], lhs[1])))
+    target = layout.first(jnp.transpose(target, (out[0], *out[2:], out[1])))
     rhs = eqn.invars[1].aval.shape
+    # What the examples are merged with is one more axis of the map, with a window of 1.
+    one = (1,) * (image.ndim - len(lhs))
     x = patches.gather_patches(
         image,
         chosen,
-        window=[rhs[d] for d in numbers.rhs_spec[2:]],
-        strides=params["window_strides"],
-        padding=params["padding"],
-        rhs_dilation=params["rhs_dilation"],
-        lhs_dilation=params["lhs_dilation"],
+        window=(*one, *(rhs[d] for d in numbers.rhs_spec[2:])),
+        strides=(*one, *params["window_strides"]),
+        padding=(*((0, 0) for _ in one), *params["padding"]),
+        rhs_dilation=(*one, *params["rhs_dilation"]),
+        lhs_dilation=(*one, *params["lhs_dilation"]),
     )
     y = patches.gather_positions(target, chosen)
     # The channels of a patch are its last axis: block after block.
