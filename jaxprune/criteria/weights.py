@@ -29,8 +29,8 @@ def l1(
     """(C,): sum of |w| over the channel's kernel slices.
 
     Li et al. 2017 (arXiv:1608.08710) sum the filter, roles=("producer",); with the
-    consumers it is the group form of DepGraph (arXiv:2301.12900). Biases and norm
-    scales are not counted.
+    consumers it is the group form of DepGraph (arXiv:2301.12900). Biases, norm
+    scales and depthwise kernels are not counted.
     """
     return group_sum(group, _map(jnp.abs, leaves, group), roles=roles)
 
