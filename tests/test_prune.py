@@ -153,3 +153,12 @@ def test_groups_with_a_wide_consumer_take_lasso(monkeypatch):
     assert eliminated != lasso
     monkeypatch.setattr(cpli, "WIDEST", 8)
     assert plan() == lasso
+
+
+def test_activations_that_overflow_are_named():
+    model, variables, _ = make("mlp")
+    loud = [(1e25 * x, y) for x, y in random_batches((10,))]
+    with pytest.raises(
+        ScoreError, match=r"features that params/\S+ (reads|makes) over"
+    ):
+        jp.prune(model, variables, loud, method="lasso", macs=0.5)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune.checks import FLAG, check_values, number, one_of, optional, whole
 from jaxprune.criteria.redundancy import Fold, Redundancy
+from jaxprune.errors import ScoreError
 from jaxprune.methods.taps import Tap, by_kernel
 from jaxprune.records import Group
 from jaxprune.solver.refit import finite_covariances
@@ -105,7 +106,14 @@ def measured_terms(
     measured: Mapping[str, Moments],
     leaves: Mapping[str, Any],
 ) -> list[Term]:
-    """The group's consumers, one a kernel, with their moments and weights."""
+    """The group's consumers, one a kernel, with their moments and weights.
+
+    Raises:
+      ScoreError: activations that overflow, or are NaN.
+    """
+    kernels = by_kernel(taps)
+    for name in kernels:
+        _check_finite(name, measured[name])
     return [
         Term(
             uses[0],
@@ -113,8 +121,23 @@ def measured_terms(
             uses[0].matrix(leaves[uses[0].path]),
             uses[0].row_channels(group),
         )
-        for name, uses in by_kernel(taps).items()
+        for name, uses in kernels.items()
     ]
+
+
+def _check_finite(name: str, moments: Moments) -> None:
+    for what, mean, square in (
+        ("reads", moments.mean_x, np.diagonal(moments.xx)),
+        ("makes", moments.mean_y, moments.yy),
+    ):
+        wrong = ~np.isfinite(mean)
+        wrong[: len(square)] |= ~np.isfinite(square)
+        if wrong.any():
+            raise ScoreError(
+                f"{int(wrong.sum())} of {wrong.size} features that {name} {what} overflow "
+                "or are NaN on the calibration data (their squares are summed in "
+                "float32): check the inputs' scale, or run the model in float32"
+            )
 
 
 def refit_consumers(
