@@ -315,3 +315,22 @@ def test_a_part_that_nobody_reads_can_go():
     assert sorted(g.size for g in graph.groups) == [3, 5]
     for seed in range(3):
         assert jp.verify(graph, random_plan(graph, seed), X) < 1e-5
+
+
+def test_a_replay_outlives_the_jit_that_met_its_inputs_first():
+    """The tables cut for inputs of a shape are kept: they may be of no one trace."""
+    table = jnp.linspace(-1.0, 1.0, WIDTH)
+    params = {"up": jnp.ones((3, WIDTH)), "down": jnp.ones((WIDTH, 2))}
+
+    def call(params, x):
+        return jnp.tanh(x @ params["up"] * table) @ params["down"]
+
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    graph = jp.trace(call, params, x, replay=True)
+    kept = np.array([0, 1, 5])
+    slim = jp.shrink(graph, {graph.groups[0].name: kept})
+    first = jax.jit(slim.model)(slim.variables, x)
+    expected = jnp.tanh(x @ params["up"][:, kept] * table[kept]) @ jnp.ones((3, 2))
+    np.testing.assert_allclose(first, expected, rtol=1e-6)
+    np.testing.assert_allclose(slim.model(slim.variables, x), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(slim.model)(slim.variables, x), first)

@@ -107,7 +107,9 @@ class Replayed:
             found = program_of(self.call, self.variables, structs, self.masks)
             while len(self._programs) >= _KEPT_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = (found, constants(found, self.own))
+            # Kept from a call within `jit` for the next: no tracer may be in it.
+            with jax.ensure_compile_time_eval():
+                self._programs[key] = (found, constants(found, self.own))
         return self._programs[key]
 
 
