@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxprune.graph import ChannelGraph, Site
+from jaxprune.graph import ChannelGraph, Site, Value
 from jaxprune.graph.interpret import is_user_file
 
 # A place in a source: (file, line).
@@ -49,14 +49,26 @@ def arrays_at(graph: ChannelGraph, site: Site) -> list[str]:
     record = graph.records.get(site)
     if record is None:
         return []
-    label = graph.classes.label
-    nodes = [a for v in (*record.inputs, *record.outputs) for a in v.axes]
-    used = np.unique(np.concatenate([label[a] for a in nodes if a is not None] or [[]]))
+    # By channels too: nodes that go together may be of several classes, where it takes
+    # a merge of axes to tie them.
+    values = (*record.inputs, *record.outputs)
+    label, used = graph.classes.label, _axes(values)
+    labels = np.unique(np.concatenate([label[a] for a in used] or [[]]))
+    needs = np.unique(np.concatenate([graph.needs(a).ravel() for a in used] or [[]]))
+    needs = needs[needs >= 0]
     return [
         name
         for name, value in graph.leaves.items()
-        if any(np.isin(label[a], used).any() for a in value.axes if a is not None)
+        if any(
+            np.isin(label[a], labels).any() or np.isin(graph.needs(a), needs).any()
+            for a in _axes([value])
+        )
     ]
+
+
+def _axes(values: Sequence[Value]) -> list[np.ndarray]:
+    """The node vectors of the arrays' tracked axes."""
+    return [axis for value in values for axis in value.axes if axis is not None]
 
 
 def _shared(path: str, names: list[str]) -> int:

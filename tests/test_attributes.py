@@ -277,6 +277,34 @@ def test_a_module_that_stays_as_it_was_keeps_its_numbers():
     assert slim.report["settings"] == (("folded", "width", 3),)
 
 
+class Basis(nnx.Module):
+    """As networks of Legendre polynomials: the width is read before any array is."""
+
+    def __init__(self, width, features, *, rngs):
+        self.width, self.features = width, features
+        self.weights = nnx.Param(rngs.params.normal((features, width, 3)))
+
+    def __call__(self, x):
+        basis = jnp.ones((x.shape[0], self.width, 3)).at[:, :, 1].set(jnp.tanh(x))
+        flat = self.weights[...].reshape(self.features, -1)
+        return basis.reshape(x.shape[0], -1) @ flat.T
+
+
+def test_a_width_follows_where_merged_axes_tie_it_to_the_layer_before():
+    layers = [Basis(12, 10, rngs=nnx.Rngs(0)), Basis(10, 8, rngs=nnx.Rngs(1))]
+    model = nnx.Sequential(*layers, nnx.Linear(8, 3, rngs=nnx.Rngs(2)))
+    x = X[:, 0]
+    graph = jp.trace(model, x)
+    (group,) = [g for g in graph.groups if g.size == 10]
+    slim = jp.shrink(graph, {group.name: np.arange(5)})
+    assert slim.report["left_whole"] == {}
+    assert {row[1:] for row in slim.report["settings"]} == {
+        ("features", 5),
+        ("width", 5),
+    }
+    assert jp.verify(graph, slim.plan, x) < 1e-5
+
+
 def test_numbers_are_found_and_changed_without_touching_the_original():
     @dataclasses.dataclass
     class Settings:
