@@ -37,6 +37,9 @@ _SAME = frozenset(
 )
 
 
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+
+
 def _is_number(atom: Any) -> bool:
     """True for a literal number that is not zero."""
     literal = isinstance(atom, jex.Literal) and np.ndim(atom.val) == 0
@@ -177,7 +180,10 @@ class Push:
             for region in regions
             for site, place in self.wiring.readers[key]
             if (site, place, mark(region)) not in self.edges
-            and (site == OPAQUE or not self._misses(site, region))
+            and (
+                site == OPAQUE
+                or not (self._misses(site, region) or self._asks_sign(site, place))
+            )
         ]
 
     def balanced(self) -> bool:
@@ -206,6 +212,13 @@ class Push:
             eqn.params[name][rank + axis] for name in ("start_indices", "limit_indices")
         )
         return not mask[start:stop].any()
+
+    def _asks_sign(self, site: Site, place: int) -> bool:
+        """True if a comparison with 0 reads the operand: factors are positive."""
+        name = self.wiring.equations[site].primitive.name
+        return name == "sign" or (
+            name in _COMPARISONS and self._is_zero(site, 1 - place)
+        )
 
     def _either(self, site: Site, options: Sequence[tuple[int, Region]]) -> bool:
         """Pushes to one of the operands, in their order from the script's on."""
@@ -287,7 +300,7 @@ class Push:
             number = float(eqn.invars[numbers[0]].val)
             offset = number if name == "add" else -number
             return region is None and self._plus(site, 1 - numbers[0], offset)
-        if name in ("add", "sub", "select_n"):
+        if name in ("add", "sub", "select_n", "max", "min"):
             first = 1 if name == "select_n" else 0
             return all(
                 self._is_zero(site, p)
@@ -306,9 +319,9 @@ class Push:
             return self._either(site, [o for o in options if o[1] is not NOWHERE])
         if name in ("gather", "dynamic_slice") and region is None:
             return not _fills(eqn) and self._push(site, 0, None)
-        if name == "max":  # relu(c x) = c relu(x)
-            zero = [self._is_zero(site, p) for p in (0, 1)]
-            return any(zero) and self._push(site, int(zero[0]), region)
+        # Factors are positive: max(c x) = c max(x).
+        if name == "abs" or (name == "reduce_window_max" and region is None):
+            return self._push(site, 0, region)
         if name == "concatenate":
             return self._concatenate(site, eqn, shapes, region)
         part = moved(eqn, result, shapes[0], out, region)

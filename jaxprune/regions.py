@@ -11,6 +11,7 @@ from jax.extend import core as jex
 Region = tuple[int, np.ndarray] | None
 # What has no counterpart in an operand.
 NOWHERE: Region = (-1, np.zeros(0, bool))
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min")
 
 
 def mark(region: Region) -> Any:
@@ -98,7 +99,7 @@ def moved(eqn, result: int, old: Any, new: Any, region: Region) -> Region:
         "squeeze",
         "expand_dims",
         "broadcast_in_dim",
-        "reduce_sum",
+        *_REDUCTIONS,
     ):
         return NOWHERE
     if region is None:
@@ -113,7 +114,7 @@ def moved(eqn, result: int, old: Any, new: Any, region: Region) -> Region:
         if dim not in target or old[target.index(dim)] != mask.size:
             return NOWHERE
         return target.index(dim) - rank, mask
-    if name == "reduce_sum":
+    if name in _REDUCTIONS:
         left = [d for d in range(rank) if d not in params["axes"]]
         return left[dim] - rank, mask
     return _reshaped(old, new, dim, mask)

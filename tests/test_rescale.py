@@ -295,3 +295,46 @@ def test_regions_of_one_variable_take_a_factor_one_by_one():
     assert push.into(key, (-1, second.copy())) and len(push.leaves) == 2
     assert not push.into(key, (-1, second.copy()), offset=1.0)
     assert not push.into(key, (-1, first | second))
+
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "leaky_relu": lambda x: nn.leaky_relu(x, 0.2),
+    "abs": jnp.abs,
+    "maxout": lambda x: jnp.maximum(x, -x),
+    "max_pool": lambda x: nn.max_pool(x, (2,), (2,)),
+    "largest": lambda x: x.max(1),
+}
+
+
+class Scaled(nn.Module):
+    """Divides by the root of a width, behind an activation."""
+
+    activation: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = ACTIVATIONS[self.activation](nn.Dense(12, name="wide")(x))
+        return nn.Dense(3)(jnp.sin(x / np.sqrt(x.shape[-1])))
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_positive_factors_pass_what_scales_with_its_input(activation):
+    model, x = Scaled(activation), jax.random.normal(jax.random.key(0), (5, 4, 6))
+    variables = model.init(jax.random.key(1), x)
+    graph = jp.trace(model, variables, x)
+    slim = jp.shrink(graph, {"wide": [1, 4, 5]})
+    assert slim.report["left_whole"] == {}
+    assert slim.report["rescaled"] == pytest.approx(
+        {"params/wide/kernel": 0.5, "params/wide/bias": 0.5}
+    )
+    assert jp.verify(graph, slim.plan, x) < 1e-6
+
+
+@pytest.mark.parametrize("activation", [nn.gelu, lambda x: nn.leaky_relu(x - 1.0)])
+def test_no_factor_passes_what_bends_elsewhere(activation, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "bent", activation)
+    model, x = Scaled("bent"), jnp.ones((2, 4, 6))
+    graph = jp.trace(model, model.init(jax.random.key(1), x), x)
+    slim = jp.shrink(graph, {"wide": [1, 4, 5]})
+    assert "no weights can make up for it" in slim.report["left_whole"]["wide"]
