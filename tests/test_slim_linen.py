@@ -159,3 +159,45 @@ def test_a_slim_module_is_used_as_the_users_was(attends):
     around = model.clone(body=nn.Dense(6))
     with pytest.raises(AttributeError, match="module of the original"):
         around.body  # noqa: B018
+
+
+class _Scoped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(self.head(self.block(x, 10)))
+
+    @nn.compact_name_scope
+    def block(self, x, width):
+        return nn.relu(nn.Dense(width)(x))
+
+    @nn.compact_name_scope
+    def head(self, x):
+        return nn.relu(nn.Dense(8)(x))
+
+
+class _Twice(nn.Module):
+    part: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.part(x) + self.part(2 * x)
+
+
+def test_methods_with_a_name_scope_of_their_own_are_of_the_slim_module():
+    model, x = _Scoped(), jax.random.normal(jax.random.key(1), (4, 6))
+    variables = random_variables(model, x)
+    graph = jp.trace(model, variables, x)
+    assert [g.name for g in graph.groups] == ["block/Dense_0", "head/Dense_0"]
+    slim = jp.shrink(graph, {"block/Dense_0": [1, 4, 7], "head/Dense_0": [0, 2]})
+    assert slim.report["left_whole"] == {}
+    assert jp.verify(graph, slim.plan, x) < 1e-6
+    made = slim.model.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, slim.variables)
+    around, parts = _Twice(slim.model), {"part": slim.variables["params"]}
+    assert trees.flatten(around.init(jax.random.key(0), x)).keys() == {
+        f"params/{path}" for path in trees.flatten(parts)
+    }
+    found = slim.model.apply(slim.variables, x) + slim.model.apply(
+        slim.variables, 2 * x
+    )
+    np.testing.assert_allclose(around.apply({"params": parts}, x), found, rtol=1e-6)

@@ -40,14 +40,19 @@ class Resized(nn.Module):
         nn.share_scope(self, self.jaxprune_module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.jaxprune_following():
-            return self.jaxprune_module(*args, **kwargs)
+        return self.jaxprune_call("__call__", *args, **kwargs)
 
     def jaxprune_call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the user's module."""
-        with self.jaxprune_following():
-            return getattr(self.jaxprune_module, name)(*args, **kwargs)
 
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return getattr(module, name)(*args, **kwargs)
+
+        return self.jaxprune_run(*args, jaxprune_function=call, **kwargs)
+
+    # Compact, for Flax makes the scopes of `nn.compact_name_scope` methods as parts of
+    # the caller.
+    @nn.compact
     def jaxprune_run(self, *args: Any, jaxprune_function: Any, **kwargs: Any) -> Any:
         """Calls a function of the user's module."""
         with self.jaxprune_following():
