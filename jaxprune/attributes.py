@@ -129,8 +129,9 @@ def _further(found: Attempt, now: Attempt, seen: set[Any]) -> bool:
         return True
     if found.error.site != now.error.site:
         return found.error.site > now.error.site
-    # What raises below one equation, in the body of a loop, shows no more than where.
-    return bool(found.places) and _spot(found) not in seen
+    # What raises below one equation, in the body of a loop, shows no more than where;
+    # it raises before the equation is there to differ.
+    return bool(found.places and now.places) and _spot(found) not in seen
 
 
 def _spot(attempt: Attempt) -> Any:

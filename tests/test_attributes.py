@@ -305,6 +305,30 @@ def test_a_width_follows_where_merged_axes_tie_it_to_the_layer_before():
     assert jp.verify(graph, slim.plan, x) < 1e-5
 
 
+class Stacked(nn.Module):
+    """A width in its code, next to a number that is another's."""
+
+    parts: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        weights = self.param("weights", nn.initializers.ones, (self.parts, 12, 8))
+        total = jnp.zeros((x.shape[0], 8))
+        for part in weights:
+            total = total + x @ part
+        return nn.Dense(3)(nn.relu(total))
+
+
+def test_the_reason_is_what_differs_not_what_a_wrong_number_raised():
+    model, x = Stacked(), X[:, 0]
+    graph = jp.trace(model, model.init(jax.random.key(0), x), x)
+    slim = jp.shrink(graph, {"weights": [0, 2, 3, 7]})
+    assert list(slim.report["left_whole"]) == ["weights"]
+    reason = slim.report["left_whole"]["weights"]
+    assert "expected shape (2, 4), found (2, 8)" in reason
+    assert "initializer" not in reason
+
+
 def test_numbers_are_found_and_changed_without_touching_the_original():
     @dataclasses.dataclass
     class Settings:
