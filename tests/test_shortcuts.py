@@ -85,6 +85,40 @@ def test_the_target_is_what_the_sum_is_short_of(scale):
     )
 
 
+class Context(nn.Module):
+    """One vector of the whole map is added at every position of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        inner = nn.relu(nn.Dense(8, name="inner0")(x.mean((1, 2), keepdims=True)))
+        x = nn.Conv(6, (3, 3), name="stem")(x)
+        x = x + nn.Dense(6, use_bias=False, name="outer0")(inner)
+        return nn.Dense(7, name="head")(nn.relu(x).mean((1, 2)))
+
+
+def test_what_is_added_at_every_position_makes_up_for_the_mean():
+    model, batches = Context(), random_batches((6, 6, 2), count=20, size=8)
+    variables = randomise(model.init(jax.random.key(0), batches[0][0]))
+    graph = jp.trace(model, variables, batches[0][0])
+    taps = find_taps(graph)
+    (outer,) = [tap for tap in taps if "outer" in tap.path]
+    moved = jax.tree.map(lambda leaf: leaf, variables)
+    moved["params"]["stem"]["kernel"] = -variables["params"]["stem"]["kernel"]
+    x = np.concatenate([x for x, _ in batches])
+    stem, target = _branches(model, variables, x)
+    wanted = target + (stem - _branches(model, moved, x)[0]).mean((1, 2), keepdims=True)
+    relay = Relay(
+        graph, variables, Calibration(batches), positions=None,
+        shortcuts=find_shortcuts(graph, taps, {outer.site: 0}),
+    )  # fmt: skip
+    found = relay.moments([outer], moved, seed=0)[outer.path]
+    np.testing.assert_allclose(
+        found.mean_y, wanted.mean((0, 1, 2)), rtol=1e-4, atol=1e-5
+    )
+    slim = jp.prune(model, variables, batches, method="cpli", keep=0.5)
+    assert slim.model.apply(slim.variables, x).shape == (20, 7)
+
+
 def test_outputs_that_do_not_reach_the_sum_keep_their_target():
     model, variables, batches, _ = _residual()
     scale = variables["params"]["norm0"]["scale"]

@@ -95,7 +95,8 @@ def compensated(
 
     Args:
       target: Y of the original network.
-      lost: the other branch, original minus current, of the same shape.
+      lost: the other branch, original minus current, of the same shape; where the sum
+        repeats Y along an axis of size 1, Y makes up for the mean.
       gains: the factors (broadcast against Y), and whether they divide.
     """
     gain = jnp.ones((), jnp.float32)
@@ -104,7 +105,11 @@ def compensated(
         gain = gain / by if divides else gain * by
     reaches = jnp.abs(gain) > SMALLEST_GAIN * jnp.abs(gain).max()
     missing = lost.astype(jnp.float32) / jnp.where(reaches, gain, 1)
-    return target + jnp.where(reaches, missing, 0).astype(target.dtype)
+    missing = jnp.where(reaches, missing, 0)
+    shape = jnp.broadcast_shapes(missing.shape, target.shape)
+    missing = jnp.broadcast_to(missing, shape)
+    repeated = tuple(d for d, size in enumerate(target.shape) if size < shape[d])
+    return target + missing.mean(repeated, keepdims=True).astype(target.dtype)
 
 
 def captured_sites(shortcuts: Mapping[Site, Shortcut]) -> set[Site]:
