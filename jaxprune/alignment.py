@@ -118,8 +118,7 @@ def _same_operation(eqn: Any, other: Any, here: Site) -> None:
             "the slim model runs other operations than the original: at equation "
             f"{here} expected {names[0]}, found {names[1]}; a branch in its source "
             "depends on a size that changed (an axis with one entry left is squeezed by "
-            "matmul and einsum; an einsum of three arrays or more picks its order by "
-            "their sizes). Keep that group whole, or two of its channels"
+            "matmul and einsum). Keep that group whole, or two of its channels"
         )
 
 
