@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from jax.extend import core as jex
 
 from jaxprune.equations import check_constant, check_operands, check_params
 from jaxprune.errors import EmissionError
-from jaxprune.graph import ChannelGraph, Site
+from jaxprune.graph import ChannelGraph, Record, Site
 from jaxprune.graph.evaluate import sub_jaxprs
 
 # By site, the values of an equation's literals; None for its other operands.
 Literals = dict[Site, list[Any]]
+Axes = Sequence[np.ndarray | None]
 
 
 class Difference(EmissionError):
@@ -46,13 +47,44 @@ def same_program(
       Difference: it is another program.
     """
     literals: Literals = {}
-    _align(graph, mask, graph.closed, slim, (), literals, ended)
+    kept = _Kept(graph.kept_nodes(mask))
+    _align(graph, kept, graph.closed, slim, (), literals, ended)
     return literals
+
+
+class _Kept:
+    """What a channel mask keeps of the program's axes; counted once for all arrays that
+    share one."""
+
+    def __init__(self, nodes: np.ndarray):
+        self._nodes = nodes
+        self._counts: dict[int, tuple[np.ndarray, int]] = {}
+
+    def of(self, axis: np.ndarray) -> np.ndarray:
+        """bool array (n,): which indices of a node vector are kept."""
+        return self._nodes[axis]
+
+    def count(self, axis: np.ndarray) -> int:
+        known = self._counts.get(id(axis))
+        if known is None:  # the axis is held, or another could get its id
+            known = (axis, int(np.count_nonzero(self.of(axis))))
+            self._counts[id(axis)] = known
+        return known[1]
+
+    def whole(self, axis: np.ndarray | None) -> bool:
+        return axis is None or self.count(axis) == axis.size
+
+    def shape(self, axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape that is left."""
+        return tuple(
+            size if axis is None else self.count(axis)
+            for axis, size in zip(axes, shape, strict=True)
+        )
 
 
 def _align(
     graph: ChannelGraph,
-    mask: np.ndarray,
+    kept: _Kept,
     full: jex.ClosedJaxpr,
     slim: jex.ClosedJaxpr,
     site: Site,
@@ -77,10 +109,10 @@ def _align(
             record = graph.records[here]
             check_operands(wires, eqn.invars, other.invars, record.name, here)
             if here not in graph.wiring.dead:
-                _check_positions(graph, mask, record, here)
-                _check_results(graph, mask, record, other, here)
+                _check_positions(kept, record, here)
+                _check_results(kept, record, other, here)
                 check_params(eqn, other, here)
-                _check_starts(graph, mask, record, other, here)
+                _check_starts(kept, record, other, here)
         literals[here] = [
             atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
         ]
@@ -88,7 +120,7 @@ def _align(
         inner = list(zip(sub_jaxprs(eqn), sub_jaxprs(other), strict=True))
         for branch, (a, b) in enumerate(inner):
             single = len(inner) == 1 and record.name != "cond"
-            _align(graph, mask, a, b, here if single else (*here, branch), literals)
+            _align(graph, kept, a, b, here if single else (*here, branch), literals)
     if not ended:
         return
     last = min(map(len, equations))
@@ -122,12 +154,12 @@ def _same_operation(eqn: Any, other: Any, here: Site) -> None:
         )
 
 
-def _check_results(graph, mask, record, other, here: Site) -> None:
+def _check_results(kept: _Kept, record: Record, other: Any, here: Site) -> None:
     """Every result has the shape that is left of it."""
     for value, var, found in zip(
         record.outputs, record.eqn.outvars, other.outvars, strict=True
     ):
-        expected = kept_shape(graph, mask, value.axes, var.aval.shape)
+        expected = kept.shape(value.axes, var.aval.shape)
         if expected != tuple(found.aval.shape):
             raise EmissionError(
                 f"a size did not follow at {record.name} {here}: expected shape "
@@ -135,12 +167,11 @@ def _check_results(graph, mask, record, other, here: Site) -> None:
             )
 
 
-def kept_shape(graph: ChannelGraph, mask: np.ndarray, axes, shape) -> tuple[int, ...]:
+def kept_shape(
+    graph: ChannelGraph, mask: np.ndarray, axes: Axes, shape: Sequence[int]
+) -> tuple[int, ...]:
     """The shape that is left under a channel mask."""
-    return tuple(
-        size if axis is None else int(axis_mask(graph, mask, axis).sum())
-        for axis, size in zip(axes, shape, strict=True)
-    )
+    return _Kept(graph.kept_nodes(mask)).shape(axes, shape)
 
 
 def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.ndarray:
@@ -148,7 +179,7 @@ def axis_mask(graph: ChannelGraph, mask: np.ndarray, axis: np.ndarray) -> np.nda
     return graph.kept_nodes(mask)[axis]
 
 
-def _check_starts(graph, mask, record, other, here) -> None:
+def _check_starts(kept: _Kept, record: Record, other: Any, here: Site) -> None:
     if record.name != "slice":
         return
     source, params = record.inputs[0].axes, record.eqn.params
@@ -160,31 +191,29 @@ def _check_starts(graph, mask, record, other, here) -> None:
         params["strides"] or (1,) * len(starts),
         strict=True,
     ):
-        kept = start
+        expected = start
         if axis is not None and stride == 1:  # else: the first of every pair
-            kept = axis_mask(graph, mask, axis)[:start].sum()
-        if int(kept) != found:
+            expected = int(kept.of(axis)[:start].sum())
+        if expected != found:
             raise EmissionError(
-                f"a slice did not follow at {here}: expected start {int(kept)}, found "
+                f"a slice did not follow at {here}: expected start {expected}, found "
                 f"{found}"
             )
 
 
-def _check_positions(graph, mask, record, here) -> None:
+def _check_positions(kept: _Kept, record: Record, here: Site) -> None:
     """Positions that the source counts anew would not be those of the kept channels,
     and numbers of channels that it states would point at others."""
     if record.name == "gather":
         picked = record.eqn.params["dimension_numbers"].collapsed_slice_dims
-        axes = [record.inputs[0].axes[dim] for dim in picked]
-        if any(a is not None and not axis_mask(graph, mask, a).all() for a in axes):
+        if not all(kept.whole(record.inputs[0].axes[dim]) for dim in picked):
             raise EmissionError(
                 f"the source picks channels by their numbers (gather {here}), which "
                 "change. Keep that group whole, or shrink with replay=True"
             )
     if record.name != "iota":
         return
-    axis = record.outputs[0].axes[record.eqn.params["dimension"]]
-    if axis is not None and not axis_mask(graph, mask, axis).all():
+    if not kept.whole(record.outputs[0].axes[record.eqn.params["dimension"]]):
         raise EmissionError(
             f"positions along a channel axis (iota {here}) are counted anew by the slim "
             "model: the angles of the channels that are left would change. Keep that "

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 
 from jaxprune.frameworks.flags import call_flags
+from jaxprune.frameworks.linen_fields import plain_fields
 from jaxprune.frameworks.linen_paths import path_of, paths_within
 from jaxprune.frameworks.linen_resize import (
     Settings,
@@ -58,7 +59,8 @@ class LinenHandle:
     def trace(self, notes: dict[str, int], variables: Any, *inputs: Any) -> Any:
         """As the call, noting what shapes do not tell: the groups of each GroupNorm."""
         found: dict[str, int] = {}
-        with record_groups(found, isinstance(self.model, Resized)):
+        slim = isinstance(self.model, Resized)
+        with plain_fields(), record_groups(found, slim):
             results = self(variables, *inputs)
         notes.update(self._within(found, variables))
         return results

@@ -164,23 +164,21 @@ def build(
         that were tied have the name of the first of them.
     """
     late = max(first_use.values(), default=0) + 1
-    needs = {
-        (path, dim): classes.needs(axis)
+    axes = {
+        (path, dim): axis
         for path, value in values.items()
         for dim, axis in enumerate(value.axes)
         if axis is not None
     }
-    places = list(needs)
-    entries = [_entries(number, needs[place]) for number, place in enumerate(places)]
-    table = np.concatenate(entries or [np.zeros((0, 3), np.int64)])
-    # Stable, so that a class's rows stay in the order of places and indices.
-    table = table[np.argsort(table[:, 0], kind="stable")]
+    places, sizes = list(axes), [axis.size for axis in axes.values()]
+    needs = classes.needs(np.concatenate([*axes.values(), np.zeros(0, np.int64)]))
+    table = _entries(needs, sizes)
     unit_of = np.full(int(classes.label.max(initial=-1)) + 1, -1, np.int64)
     found = []
     for labels, rows in _alike(table, classes):
         if len(labels) < 2:
             continue
-        slots = _slots(table[rows, 1:], places, role_of)
+        slots = _slots(table, rows, places, role_of)
         if all(slot.role == "consumer" for slot in slots):
             continue  # copies (tile, repeat) and constants: no variable makes them
         slots.sort(key=lambda s: first_use.get((s.path, s.axis), late))
@@ -197,12 +195,18 @@ def build(
         units = np.arange(count, count + labels.size)
         count += labels.size
         unit_of[labels] = units
-        names = (known[mark] for mark in map(_mark, slots) if mark in known)
-        name = next(names, None) or _name(lead, taken)
+        marks = map(_mark, slots) if known else ()
+        name = next((known[mark] for mark in marks if mark in known), None)
+        name = name or _name(lead, taken)
         groups.append(Group(name, labels.size, slots, units))
-    extended = np.append(unit_of, -1)
-    free = {place: extended[table] for place, table in needs.items()}
-    free = {place: table for place, table in free.items() if (table >= 0).any()}
+    units = np.append(unit_of, -1)[needs]
+    stops = np.cumsum(sizes, dtype=np.int64)
+    used = np.logical_or.reduceat(units >= 0, stops - sizes).any(1)
+    widths = np.logical_or.reduceat(needs >= 0, stops - sizes).sum(1)
+    free = {
+        places[k]: units[stops[k] - sizes[k] : stops[k], : widths[k]]
+        for k in np.flatnonzero(used)
+    }
     return Channels(tuple(groups), unit_of, free)
 
 
@@ -244,15 +248,27 @@ def _nodes(classes: Classes, channels: Channels, group: Group) -> np.ndarray:
     return np.array([node[unit] for unit in group.units.tolist()], np.int64)
 
 
-def _entries(number: int, needs: np.ndarray) -> np.ndarray:
-    """Rows (class, place, index) of one place."""
-    index, _ = np.nonzero(needs >= 0)
-    label = needs[needs >= 0]
-    return np.stack([label, np.full(label.size, number), index], axis=1)
+class _Entries(NamedTuple):
+    """Where classes are needed, sorted by class, then by place and index; (n,) each."""
+
+    label: np.ndarray
+    place: np.ndarray
+    index: np.ndarray
+
+
+def _entries(needs: np.ndarray, sizes: Sequence[int]) -> _Entries:
+    """Of what the indices of all places need (n, F), for the sizes of the places."""
+    flat = needs.ravel()
+    needed = np.flatnonzero(flat >= 0)
+    needed = needed[np.argsort(flat[needed], kind="stable")]
+    row = needed // needs.shape[1]
+    start = np.cumsum(sizes, dtype=np.int64) - sizes
+    place = np.repeat(np.arange(len(sizes)), sizes)[row]
+    return _Entries(flat[needed], place, row - start[place])
 
 
 def _alike(
-    table: np.ndarray, classes: Classes
+    table: _Entries, classes: Classes
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(labels (n,), their rows of the table (n, k)) of the classes that have as many
     indices in the same places and the same parts as factors; in order of first label."""
@@ -264,15 +280,14 @@ def _alike(
         true = ~classes.frozen[of] & (of != label) & ~classes.frozen[label]
         parts.append(np.stack([label[true], 2 * block[true] + side], axis=1))
     tags = np.unique(np.concatenate(parts), axis=0)
-    factors = _sequences(tags)
+    factors = _sequences(tags[:, 0], tags[:, 1])
     part = np.full(len(classes.frozen), -1, np.int64)
     part[factors.labels] = factors.number
-    found = _sequences(table[:, :2])
-    both = np.stack([found.number, part[found.labels]], axis=1)
-    _, begins, number = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    found = _sequences(table.label, table.place)
+    both = found.number * (part.max(initial=-1) + 2) + part[found.labels]
+    _, begins, number = np.unique(both, return_index=True, return_inverse=True)
     members = np.split(
-        np.argsort(number.ravel(), kind="stable"),
-        np.cumsum(np.bincount(number.ravel()))[:-1],
+        np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1]
     )
     for k in np.argsort(begins):
         own = members[k]
@@ -289,33 +304,35 @@ class _Sequences(NamedTuple):
     number: np.ndarray
 
 
-def _sequences(rows: np.ndarray) -> _Sequences:
-    """Labels with equal sequences of values, for rows (label, value) sorted by label."""
-    labels, starts, counts = np.unique(
-        rows[:, 0], return_index=True, return_counts=True
-    )
+def _sequences(label: np.ndarray, value: np.ndarray) -> _Sequences:
+    """Labels (n,), ascending, with equal sequences of values (n,)."""
+    labels, starts, counts = np.unique(label, return_index=True, return_counts=True)
     number = np.empty(labels.size, np.int64)
     known = 0
     for count in np.unique(counts):
         mine = np.flatnonzero(counts == count)
-        values = np.ascontiguousarray(rows[starts[mine, None] + np.arange(count), 1])
-        whole = values.view(np.dtype((np.void, values.itemsize * count))).ravel()
-        _, inverse = np.unique(whole, return_inverse=True)
-        number[mine] = known + inverse.ravel()
+        values = value[starts[mine, None] + np.arange(count)]
+        # The channels of a layer follow each other: only the first of a run is sorted.
+        begins = np.append(True, (values[1:] != values[:-1]).any(1))
+        whole = values[begins].view(np.dtype((np.void, values.itemsize * count)))
+        _, inverse = np.unique(whole.ravel(), return_inverse=True)
+        number[mine] = known + inverse.ravel()[np.cumsum(begins) - 1]
         known += int(inverse.max()) + 1
     return _Sequences(labels, starts, counts, number)
 
 
 def _slots(
-    stack: np.ndarray, places: Sequence[Place], role_of: Mapping[Place, Role]
+    table: _Entries,
+    rows: np.ndarray,
+    places: Sequence[Place],
+    role_of: Mapping[Place, Role],
 ) -> list[Slot]:
-    """The slots of classes of equal places, for their (place, index) rows (n, k, 2)."""
-    slots = []
-    for number in np.unique(stack[0, :, 0]):
-        mine = stack[0, :, 0] == number
+    """The slots of classes of equal places, for their rows (n, k) of the table."""
+    slots, of = [], table.place[rows[0]]
+    for number in np.unique(of):
         path, axis = places[number]
-        role = role_of.get((path, axis), "other")
-        slots.append(Slot(path, axis, stack[:, mine, 1], role))
+        index = table.index[rows[:, of == number]]
+        slots.append(Slot(path, axis, index, role_of.get((path, axis), "other")))
     return slots
 
 

@@ -82,6 +82,7 @@ class ChannelGraph:
     helped: dict[Any, bool] = field(default_factory=dict)
     followed: dict[tuple[str, str], int] = field(default_factory=dict)
     _kept: dict[bytes, np.ndarray] = field(default_factory=dict)
+    _places: dict[bytes, dict[tuple[str, int], Any]] = field(default_factory=dict)
     _needs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
@@ -168,17 +169,25 @@ class ChannelGraph:
             mask[group.units[plan[group.name]]] = True
         return mask
 
-    def place_masks(self, plan: Plan | Mapping[str, Any]) -> dict[tuple[str, int], Any]:
-        """{(path, axis): bool array (n,)} for every axis on which something can go."""
-        extended = np.append(self.unit_mask(plan), True)
-        return {
-            place: extended[needs].all(1)
-            for place, needs in self.channels.places.items()
-        }
+    def place_masks(
+        self, plan: Plan | Mapping[str, Any]
+    ) -> Mapping[tuple[str, int], Any]:
+        """{(path, axis): bool array (n,)} for every axis on which something can go. Of
+        the last plan."""
+        mask = self.unit_mask(plan)
+        key = mask.tobytes()
+        if key not in self._places:
+            extended = np.append(mask, True)
+            self._places.clear()
+            self._places[key] = {
+                place: extended[needs].all(1)
+                for place, needs in self.channels.places.items()
+            }
+        return self._places[key]
 
     def layer_masks(self, plan: Plan | Mapping[str, Any]) -> dict[tuple[str, int], Any]:
         """`place_masks`, and as (path, -1) those of layers that hold no array."""
-        masks = self.place_masks(plan)
+        masks = dict(self.place_masks(plan))
         extended = np.append(self.unit_mask(plan), True)
         for path, axis in self.unnamed.items():
             masks[path, -1] = extended[self.needs(axis)].all(1)
