@@ -14,7 +14,7 @@ from flax import nnx
 from jaxprune import budget as budgets
 from jaxprune.checks import check_values
 from jaxprune.errors import BudgetError, ConfigError
-from jaxprune.frameworks import handle_of
+from jaxprune.frameworks import FunctionHandle, handle_of
 from jaxprune.graph import ChannelGraph
 from jaxprune.latency import LatencyTable
 from jaxprune.method_options import ARGUMENTS, parse_options
@@ -239,14 +239,18 @@ def _prunable(
         )
     if not groups:
         reasons = [f"group {name!r}: {text}" for name, text in list(stuck.items())[:8]]
+        remedy = (
+            "Pass a Flax module itself instead of a function around it (apply= says how "
+            "it is called), or prune"
+            if isinstance(graph.handle, FunctionHandle)
+            else "Prune"
+        )
         raise BudgetError(
             f"none of the {len(stuck)} groups of channels can be pruned, because the "
             "model's source does not follow the widths of its arrays:\n  "
             + "\n  ".join(reasons)
-            + "\nPass a Flax module itself instead of a function around it (apply= "
-            "says how it is called), or prune its program: plan = jaxprune.select("
-            "graph, scores, ...) and jaxprune.shrink(graph, plan) on graph = "
-            "jaxprune.trace(..., replay=True)"
+            + f"\n{remedy} its program: plan = jaxprune.select(graph, scores, ...) and "
+            "jaxprune.shrink(graph, plan) on graph = jaxprune.trace(..., replay=True)"
         )
     return graph, groups, dict(stuck)
 

@@ -202,6 +202,20 @@ def test_a_function_around_a_module_hears_why_nothing_can_be_pruned():
     assert jp.shrink(graph, plan).plan["hidden"].size == 4
 
 
+def test_a_module_that_states_its_width_is_not_asked_to_be_a_module():
+    class Literal(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            hidden = nn.Dense(8, name="hidden")(x) * jnp.ones(8)
+            return nn.Dense(2, name="out")(hidden)
+
+    model, x = Literal(), np.ones((4, 3), np.float32)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(BudgetError) as error:
+        jp.prune(model, variables, [(x, np.zeros(4, int))], method="l2", macs=0.5)
+    _said(error, "group 'hidden': ", "\nPrune its program: plan = ", "replay=True")
+
+
 @pytest.mark.parametrize(
     ("finetune", "error"),
     [
