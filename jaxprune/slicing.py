@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.errors import GraphError, PlanError, ScoreError
 from jaxprune.graph import ChannelGraph
-from jaxprune.records import Plan
+from jaxprune.records import Group, Plan
 
 Keep = Mapping[str, Mapping[int, np.ndarray]]
 
@@ -112,15 +112,38 @@ def check_weights(variables: Any) -> None:
 def mask_variables(
     graph: ChannelGraph, plan: Plan | Mapping[str, Any], variables: Any
 ) -> Any:
-    """The full-size variables with the consumers' slices of removed channels at zero."""
-    masks = graph.place_masks(plan)
-    read = {
-        (slot.path, slot.axis) for group in graph.groups for slot in group.consumers
-    }
+    """The full-size variables in which removed channels say nothing.
+
+    The consumers' slices are zero. Channels that no kernel reads (the features in which
+    queries meet keys) are zero themselves, with all that rides along.
+    """
+    plan = graph.complete(plan)
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    places = graph.place_masks(plan)
+    for group in graph.groups:
+        if group.consumers:
+            own = {(s.path, s.axis): places[s.path, s.axis] for s in group.consumers}
+        else:
+            own = _own_masks(group, plan, places)
+        for place, mask in own.items():
+            masks[place] = masks.get(place, True) & mask
     leaves = checked_leaves(graph, variables)
-    for path, axis in read:
+    for (path, axis), mask in masks.items():
         leaf = leaves[path]
         shape = [1] * leaf.ndim
         shape[axis] = leaf.shape[axis]
-        leaves[path] = leaf * jnp.asarray(masks[path, axis], leaf.dtype).reshape(shape)
+        leaves[path] = leaf * jnp.asarray(mask, leaf.dtype).reshape(shape)
     return trees.unflatten_like(variables, leaves)
+
+
+def _own_masks(
+    group: Group, plan: Plan, places: Mapping[tuple[str, int], np.ndarray]
+) -> dict[tuple[str, int], np.ndarray]:
+    """{(path, axis): bool array (n,)}: False where the group's removed channels are."""
+    gone = np.setdiff1d(np.arange(group.size), plan[group.name])
+    masks = {}
+    for slot in group.slots:
+        mask = np.ones(places[slot.path, slot.axis].size, bool)
+        mask[slot.index[gone]] = False
+        masks[slot.path, slot.axis] = mask
+    return masks

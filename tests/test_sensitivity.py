@@ -8,7 +8,8 @@ import pytest
 import jaxprune as jp
 from jaxprune import runner
 from jaxprune.methods.measure import Calibration, cross_entropy
-from jaxprune.methods.sensitivity import divergence
+from jaxprune.methods.sensitivity import divergence, sensitivity
+from jaxprune.slicing import mask_variables
 
 X = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
 
@@ -90,3 +91,47 @@ def test_equal_shares_are_taken_where_the_network_loses_less_with_them(monkeypat
     slim = jp.prune(_apply, params, [X], **options)
     widths = [{n: len(k) for n, k in s.plan.items()} for s in (equal, slim)]
     assert widths[0] == widths[1]
+
+
+def _attends(params, x):
+    """One head over six tokens; what reads the features of q and k is their product."""
+    q, k, v = (x[:, :, None] * params[name] + params[f"{name}_b"] for name in "qkv")
+    return (jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v).mean(1) @ params["out"]
+
+
+def test_features_that_no_kernel_reads_are_silent_where_they_are_removed():
+    rng = np.random.default_rng(3)
+    shapes = {n: (8,) for n in ("q", "k", "v", "q_b", "k_b", "v_b")} | {"out": (8, 3)}
+    params = {
+        n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()
+    }
+    graph = jp.trace(_attends, params, X)
+    (group,) = [g for g in graph.groups if not g.consumers]
+    assert {slot.path for slot in group.slots} == {"q", "k", "q_b", "k_b"}
+    plan = {group.name: [1, 4, 5]}
+    masked = mask_variables(graph, plan, params)
+    for name in ("q", "k", "q_b", "k_b"):
+        expected = np.where(np.isin(np.arange(8), plan[group.name]), params[name], 0)
+        np.testing.assert_array_equal(masked[name], expected)
+    slim = jp.shrink(graph, plan)
+    np.testing.assert_allclose(
+        slim.model(slim.variables, X), _attends(masked, X), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_widths_that_no_kernel_reads_are_missed(monkeypatch):
+    """By the network's outputs: there is no layer to refit, and none whose error tells."""
+    rng, curves = np.random.default_rng(3), {}
+    params = {n: jnp.asarray(rng.normal(size=8), jnp.float32) for n in ("q", "k", "v")}
+    params |= {f"{n}_b": jnp.zeros(8) for n in "qkv"}
+    params["out"] = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+
+    def recorded(probe, on_progress=None):
+        curves.update(sensitivity(probe, on_progress))
+        return curves
+
+    monkeypatch.setattr(runner, "sensitivity", recorded)
+    jp.prune(_attends, params, [X], method="lasso", macs=0.7)
+    graph = jp.trace(_attends, params, X)
+    (group,) = [g for g in graph.groups if not g.consumers]
+    assert curves[group.name][1] > 1e-5
