@@ -24,7 +24,8 @@ from jaxprune.methods.reconstruct import (
     Progress,
     Reconstruction,
 )
-from jaxprune.methods.scores import OF_GRADIENTS, score
+from jaxprune.methods.refitting import group_taps
+from jaxprune.methods.scores import OF_GRADIENTS, loss_scores, score
 from jaxprune.methods.sensitivity import Probe, sensitivity
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Budget, Group, Plan
@@ -218,7 +219,7 @@ class Runner:
         counts: Mapping[str, int],
     ) -> Chooser:
         """The method's selection of one group in the network as it is."""
-        fallback = score(graph, graph.variables, "l2")
+        fallback = self.fallback(graph, groups)
         if self.method == "importance_redundancy":
             return redundancy_chooser(
                 graph, graph.variables, self.data, groups=groups, fallback=fallback,
@@ -228,6 +229,20 @@ class Runner:
             graph, find_taps(graph), graph.variables, self.data, counts, fallback,
             self.loss_fn, self.options.objective, ridge=self.options.refitting.ridge,
         )  # fmt: skip
+
+    def fallback(
+        self, graph: ChannelGraph, groups: Sequence[Group]
+    ) -> dict[str, np.ndarray]:
+        """Scores (C,) for groups that no tap reads: by the classification loss where the
+        method weighs it, else by the weights' norm."""
+        found = score(graph, graph.variables, "l2")
+        taps = find_taps(graph)
+        unread = [group for group in groups if not group_taps(taps, group)]
+        if unread and self.method == "cpli" and self.options.objective.mu > 0:
+            found |= loss_scores(
+                graph, graph.variables, self.data, self.loss_fn, unread
+            )
+        return found
 
     def one_group(
         self, graph: ChannelGraph, name: str, plan: Plan | None
@@ -267,13 +282,13 @@ class Runner:
             assert counts is not None
             return cpli(
                 graph, variables, self.data, counts,
-                fallback=score(graph, variables, "l2"), loss_fn=self.loss_fn,
+                fallback=self.fallback(graph, groups), loss_fn=self.loss_fn,
                 objective=self.options.objective, **common,
             )  # fmt: skip
         if self.method == "importance_redundancy":
             return importance_redundancy(
                 graph, variables, self.data, counts, legal=self.legal,
-                fallback=score(graph, variables, "l2"), loss_fn=self.loss_fn,
+                fallback=self.fallback(graph, groups), loss_fn=self.loss_fn,
                 rules=self.options.rules, order=order, **common,
             )  # fmt: skip
         assert plan is not None

@@ -135,3 +135,44 @@ def test_widths_that_no_kernel_reads_are_missed(monkeypatch):
     graph = jp.trace(_attends, params, X)
     (group,) = [g for g in graph.groups if not g.consumers]
     assert curves[group.name][1] > 1e-5
+
+
+def _loud(several=False):
+    """A network of which the first feature of q is large, of k next to nothing."""
+    rng = np.random.default_rng(4)
+    params = {n: jnp.asarray(rng.normal(size=8), jnp.float32) for n in ("q", "k", "v")}
+    params |= {f"{n}_b": jnp.zeros(8) for n in "qkv"}
+    params["out"] = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    params["q"] = params["q"].at[0].set(30.0)
+    params["k"] = params["k"].at[0].set(1e-4)
+
+    def apply(params, x):
+        if several and x.shape[0] < 4:
+            raise ValueError("four at least")
+        return _attends(params, x)
+
+    return apply, params
+
+
+@pytest.mark.parametrize(
+    ("several", "options", "stays"),
+    [
+        (False, {"method": "cpli"}, False),
+        (False, {"method": "cpli", "mu": 0.0, "feature_importance": False}, True),
+        (True, {"method": "cpli"}, True),  # it does not run on one example
+    ],
+)
+def test_groups_that_no_kernel_reads_go_by_the_classification_loss(
+    several, options, stays
+):
+    apply, params = _loud(several)
+    y = np.random.default_rng(5).integers(0, 3, len(X))
+    slim = jp.prune(apply, params, [(X, y)], keep=0.5, allocation="uniform", **options)
+    graph = jp.trace(apply, params, X)
+    (group,) = [g for g in graph.groups if not g.consumers]
+    kept = slim.plan[group.name]
+    assert len(kept) == 4 and (0 in kept) == stays
+    if not stays:
+        scores = jp.score(graph, params, "taylor_examples", batches=[(X, y)])
+        best = np.argsort(-scores[group.name])[:4]
+        np.testing.assert_array_equal(kept, np.sort(best))

@@ -11,7 +11,9 @@ Our reading where the paper leaves room: the gates sit on what the consumers rea
 that dL/db_c needs no hooks; t_c is the mean over examples of |dL/db_c| (the signed
 mean of a trained network is noise about zero); s_j weighs the consumer's outputs by
 the t of the channels they become, and is zero for those that the next group, at its
-own count, will not keep.
+own count, will not keep. Groups that no kernel reads (the features in which queries meet
+keys), or only kernels that a scan stacks, have nothing to rebuild: they go by the
+classification loss alone (`taylor_examples`), without it by the norm of their weights.
 """
 
 from __future__ import annotations

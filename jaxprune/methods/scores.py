@@ -86,7 +86,7 @@ def score(
         check_loss(graph, variables, data, loss, user=f"criterion {criterion!r}")
         if found.needs == "gradients":
             return _batch_gradients(graph, variables, data, loss, found.fn)
-        return _example_gradients(graph, variables, data, loss, found.fn)
+        return _example_gradients(graph, variables, data, loss, found.fn, graph.groups)
     return _activations(graph, variables, data, found)
 
 
@@ -96,6 +96,35 @@ def _each(fn: Callable[..., Any], groups: Sequence[Group]) -> Callable[[Any], An
 
 def _host(values: Any) -> np.ndarray:
     return np.asarray(values, np.float64)
+
+
+def loss_scores(
+    graph: ChannelGraph,
+    variables: Any,
+    data: Calibration,
+    loss_fn: LossFn,
+    groups: Sequence[Group],
+) -> dict[str, np.ndarray]:
+    """{group name: (C,)} by `taylor_examples` of these groups; none where the model does
+    not run on one example.
+
+    Args:
+      graph: traced with inputs of the data's batch shape.
+    """
+    inputs, y, _ = next(iter(data))
+    params = _parameters(graph, variables)
+    try:
+        jax.eval_shape(
+            _example_loss(graph, loss_fn), params, variables, *_first(inputs, y)
+        )
+    except Exception:  # noqa: BLE001  (the user's source may raise any)
+        return {}
+    fn = find_criterion("taylor_examples").fn
+    return _example_gradients(graph, variables, data, loss_fn, fn, groups)
+
+
+def _first(*trees_: Any) -> Any:
+    return jax.tree.map(lambda a: a[0], trees_)
 
 
 def _parameters(graph: ChannelGraph, variables: Any) -> dict[str, Any]:
@@ -137,14 +166,22 @@ def _batch_gradients(graph, variables, data: Calibration, loss_fn, fn):
     return {g.name: _host(fn(g, leaves, grads)) for g in graph.groups}
 
 
-def _example_gradients(graph, variables, data: Calibration, loss_fn, fn):
-    params = _parameters(graph, variables)
-
+def _example_loss(graph: ChannelGraph, loss_fn: LossFn) -> Callable[..., jax.Array]:
     def one(params, variables, inputs, y):
         batch = jax.tree.map(lambda a: a[None], inputs)
         outputs = graph.handle(trees.replace(variables, params), *batch)
         return loss_fn(outputs, jax.tree.map(lambda a: a[None], y))[0]
 
+    return one
+
+
+def _example_gradients(
+    graph, variables, data: Calibration, loss_fn, fn, groups: Sequence[Group]
+):
+    used = {slot.path for group in groups for slot in group.slots}
+    params = _parameters(graph, variables)
+    params = {path: leaf for path, leaf in params.items() if path in used}
+    one = _example_loss(graph, loss_fn)
     each = jax.vmap(jax.grad(one), in_axes=(None, None, 0, 0))
 
     @jax.jit
@@ -152,9 +189,9 @@ def _example_gradients(graph, variables, data: Calibration, loss_fn, fn):
         grads = each(params, variables, inputs, y)
         leaves = trees.flatten(variables)
         size = jax.tree.leaves(y)[0].shape[0]
-        return {g.name: fn(g, leaves, grads) * size for g in graph.groups}
+        return {g.name: fn(g, leaves, grads) * size for g in groups}
 
-    sums = {g.name: np.zeros(g.size) for g in graph.groups}
+    sums = {g.name: np.zeros(g.size) for g in groups}
     count = 0
     for inputs, y, weight in data:
         have = int(np.sum(weight))
