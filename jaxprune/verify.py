@@ -20,18 +20,10 @@ from jaxprune.frameworks.replay import size_literals
 from jaxprune.graph import ChannelGraph, Site, evaluate, tree_arguments
 from jaxprune.graph.evaluate import bind
 from jaxprune.graph.interpret import CHECK
+from jaxprune.graph.reductions import NEUTRAL, silence
 from jaxprune.records import Plan
 from jaxprune.surgery import shrunk
 
-# What a removed entry must be for a reduction over it to pass it by.
-_NEUTRAL = {
-    "reduce_max": -np.inf,
-    "argmax": -np.inf,
-    "reduce_min": np.inf,
-    "argmin": np.inf,
-    "reduce_prod": 1.0,
-    "reduce_and": True,
-}
 # Where both programs round alike but sum in another order, an error of a few units in
 # the last place remains: of float32 after many layers, or of a coarser type.
 _TOLERANCE, _ROUNDINGS = 1e-4, 4
@@ -62,29 +54,24 @@ def masked_outputs(
     else:
         literals = align(graph, plan).means
 
-    def silence(array: Any, axes: Any, value: Any = 0) -> Any:
+    def silenced(array: Any, axes: Any, value: Any = 0) -> Any:
         for dim, axis in enumerate(axes):
-            if axis is None:
-                continue
-            kept = axis_mask(graph, mask, axis)
-            if not kept.all():
-                shape = [1] * array.ndim
-                shape[dim] = kept.size
-                other = jnp.asarray(value, array.dtype)
-                array = jnp.where(jnp.asarray(kept).reshape(shape), array, other)
+            if axis is not None:
+                kept = axis_mask(graph, mask, axis)
+                array = array if kept.all() else silence(array, dim, kept, value)
         return array
 
     def before(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
-        neutral = _NEUTRAL.get(eqn.primitive.name)
+        neutral = NEUTRAL.get(eqn.primitive.name)
         if neutral is not None:
             axes = graph.records[site].inputs[0].axes
-            operands = [silence(operands[0], axes, neutral), *operands[1:]]
+            operands = [silenced(operands[0], axes, neutral), *operands[1:]]
         return operands
 
     def after(site: Site, eqn: Any, operands: Any, results: list[Any]) -> list[Any]:
         del eqn, operands
         values = graph.records[site].outputs
-        return [silence(r, v.axes) for r, v in zip(results, values, strict=True)]
+        return [silenced(r, v.axes) for r, v in zip(results, values, strict=True)]
 
     def execute(site: Site, eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
         noise = eqn.primitive.name == "random_bits"
@@ -108,7 +95,7 @@ def masked_outputs(
         arguments = tree_arguments(variables, inputs)
         values = list(graph.leaves.values())
         arguments = [
-            silence(a, values[k].axes) if k < len(values) else a
+            silenced(a, values[k].axes) if k < len(values) else a
             for k, a in enumerate(arguments)
         ]
         return evaluate(

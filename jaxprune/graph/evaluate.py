@@ -181,6 +181,16 @@ _LOOPS: Mapping[str, Callable[..., list[Any]]] = {
 }
 
 
+def loop(
+    eqn: jex.JaxprEqn, operands: list[Any], site: Site, before: Before
+) -> list[Any]:
+    """Results of one equation that is no call; the hook is called inside of loops."""
+    if eqn.primitive.name in _LOOPS:
+        options = {"before": before, "loops": True}
+        return _LOOPS[eqn.primitive.name](eqn, operands, site, options)
+    return bind(eqn, operands)
+
+
 def sub_jaxprs(eqn: jex.JaxprEqn) -> list[jex.ClosedJaxpr]:
     """The sub-jaxprs that the walk goes into, in the order of its sites."""
     name = eqn.primitive.name

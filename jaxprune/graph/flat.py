@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from jaxprune.graph.evaluate import bind
+from jaxprune.graph.evaluate import Before, bind, loop
 from jaxprune.graph.interpret import CHECK, Record, Site
 from jaxprune.graph.rules.control import CALLS, inner_jaxpr
 
@@ -77,6 +77,7 @@ class Flat:
         start: int,
         stop: int,
         after: Callable[[int, list[Any], list[Any]], None] | None = None,
+        before: Before | None = None,
     ) -> State:
         """The slots that step `stop` needs, from those that step `start` needs.
 
@@ -84,6 +85,7 @@ class Flat:
           variables: flat leaves.
           state: the slots of `live(start)`; the inputs' for start 0.
           after: (step, operands, results) is called behind every step that runs.
+          before: changes the operands of every step, inside of loops too.
         """
         environment: State = {
             **self.constants,
@@ -96,7 +98,11 @@ class Flat:
             operands = [
                 environment[o] if isinstance(o, int) else o[0] for o in step.operands
             ]
-            results = bind(step.eqn, operands)
+            if before is not None:
+                operands = before(step.site, step.eqn, operands)
+                results = loop(step.eqn, operands, step.site, before)
+            else:
+                results = bind(step.eqn, operands)
             environment.update(zip(step.results, results, strict=True))
             if after is not None and number >= start:
                 after(number, operands, results)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxprune import trees
 from jaxprune.graph import ChannelGraph, Site
+from jaxprune.graph.reductions import Reductions
 from jaxprune.methods.activations import Place
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.refitting import (
@@ -84,6 +85,7 @@ def reconstruct(
     """
     sequential = refitting.passes == "sequential"
     current, original, residuals = variables, trees.flatten(variables), {}
+    plan = graph.full_plan()
     keep: dict[str, np.ndarray] = {}
     measured: dict[str, Moments] = {}
     places = places or {}
@@ -100,14 +102,16 @@ def reconstruct(
         if sequential and (mine or place):
             ahead = [tap.site for later in of_group[number:] for tap in later]
             ahead += [places[g.name].site for g in groups[number:] if g.name in places]
-            relay.advance(ahead, current)
+            relay.advance(ahead, current, plan)
         if sequential:
-            measured = relay.moments(mine, current, seed=seed + number, second=second)
+            measured = relay.moments(
+                mine, current, plan, seed=seed + number, second=second
+            )
         leaves = trees.flatten(current)
         terms = measured_terms(group, mine, measured, leaves)
         observe = None
         if place is not None:
-            observe = partial(relay.observe, place, current)
+            observe = partial(relay.observe, place, current, plan=plan)
         choice = choose(group, terms, observe)
         keep[group.name] = np.sort(choice.kept)
         plan = graph.complete(keep)
@@ -118,7 +122,6 @@ def reconstruct(
         current = mask_variables(graph, plan, trees.replace(current, changed))
         if on_progress is not None:
             on_progress("prune", number + 1, len(groups))
-    plan = graph.complete(keep)
     if sequential and refitting.refit_again and refitting.how != "none":
         current = _refit_again(
             graph, variables, calibration, taps, turn, plan, current, refitting,
@@ -143,20 +146,20 @@ def _refit_again(
     """The variables with consumers refitted once more, in order of execution.
 
     A group that is read all along the network (a residual stream) was pruned, and its
-    consumers refitted, before the layers between them were. From the first such
-    consumer on all are measured anew; a chain of layers has none.
+    consumers refitted, before the layers between them were; and a norm over a group's
+    channels changes when they go, behind the measurement. From the first such consumer
+    on all are measured anew; a chain of layers without such norms has none.
     """
     mask, leaves = graph.unit_mask(plan), trees.flatten(original)
-    readers = _from_first_stale(
-        [tap for tap in taps if not tap.row_keep(mask).all()], turn
-    )
+    readers = [tap for tap in taps if not tap.row_keep(mask).all()]
+    readers = _from_first_stale(readers, turn, Reductions(graph).first(plan))
     kernels = list(by_kernel(readers).items())
     turn = {t.site: k for k, (_, uses) in enumerate(kernels) for t in uses}
     relay = _relay(graph, original, calibration, taps, turn, refitting)
     for number, (name, uses) in enumerate(kernels):
         ahead = [tap.site for _, later in kernels[number:] for tap in later]
-        relay.advance(ahead, current)
-        measured = relay.moments(uses, current, seed=seed + number)
+        relay.advance(ahead, current, plan)
+        measured = relay.moments(uses, current, plan, seed=seed + number)
         now = trees.flatten(current)
         changed = refitted(
             uses[0], measured[name], uses[0].matrix(now[uses[0].path]), now, leaves,
@@ -168,11 +171,14 @@ def _refit_again(
     return current
 
 
-def _from_first_stale(taps: Sequence[Tap], turn: Mapping[Site, int]) -> Sequence[Tap]:
-    """The taps, in order of execution, from the first refitted before one ahead of it."""
+def _from_first_stale(
+    taps: Sequence[Tap], turn: Mapping[Site, int], changed: Site | None
+) -> Sequence[Tap]:
+    """The taps, in order of execution, from the first that was refitted before one ahead
+    of it, or that comes behind the first reduction that changed."""
     latest = -1
     for number, tap in enumerate(taps):
-        if turn[tap.site] < latest:
+        if turn[tap.site] < latest or (changed is not None and tap.site > changed):
             return taps[number:]
         latest = max(latest, turn[tap.site])
     return ()

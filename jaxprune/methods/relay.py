@@ -6,6 +6,9 @@ for every calibration batch, and the next measurement goes on from there. For a 
 of layers the measurements of all groups together run the network once (each pass over
 a group's own layer counts once more), and compile it once. Where the activations would
 not fit into `MEMORY`, they stay where they are and more is run again.
+
+The network pruned so far keeps its size; its norms over channels run over those that are
+left, as in the slim network (`jaxprune.graph.reductions`).
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ import numpy as np
 
 from jaxprune.graph import ChannelGraph, Site
 from jaxprune.graph.flat import State, flatten
+from jaxprune.graph.reductions import Left, Reductions
 from jaxprune.methods.activations import Place, channels_last
 from jaxprune.methods.measure import Calibration
 from jaxprune.methods.shortcuts import Shortcut, captured_sites, from_operands
 from jaxprune.methods.taps import Tap, output_map, rows_and_targets
+from jaxprune.records import Plan
 from jaxprune.stats import example_positions
 from jaxprune.stats import moments as moments_lib
 from jaxprune.stats.moments import Moments
@@ -34,6 +39,8 @@ from jaxprune.stats.moments import Moments
 MEMORY = 4 * 2**30
 # Bytes of one batch's rows that may lie beside each other.
 ROWS = 2**30
+# (number of the step, its operands, its results).
+After = Callable[[int, list[Any], list[Any]], None]
 
 
 class Relay:
@@ -62,6 +69,7 @@ class Relay:
         self._graph, self._calibration = graph, calibration
         self._positions, self._memory = positions, memory
         self._shortcuts = shortcuts or {}
+        self._reductions = Reductions(graph)
         self._number = {s.site: k for k, s in enumerate(self._program.steps)}
         self._start = 0
         # Per batch the states of both networks; None: from the inputs.
@@ -80,29 +88,54 @@ class Relay:
             else:
                 yield self._states[number], weight
 
-    def advance(self, sites: Iterable[Site], current: Any) -> None:
-        """Moves up to the first of the sites, all that are still to be measured."""
+    def _run(
+        self,
+        variables: Sequence[Any],
+        state: State,
+        stop: int,
+        after: After | None = None,
+        left: Left | None = None,
+    ) -> State:
+        """From the step reached to another; left: what the plan leaves, if it is."""
+        before = None if left is None else self._reductions.before(left)
+        return self._program.run(variables, state, self._start, stop, after, before)
+
+    def advance(
+        self, sites: Iterable[Site], current: Any, plan: Plan | None = None
+    ) -> None:
+        """Moves up to the first of the sites, all that are still to be measured.
+
+        Args:
+          current: variables of the network pruned so far.
+          plan: what it keeps; None for all.
+        """
         stop = min((self._number[site] for site in sites), default=self._start)
         if stop <= self._start:
             return
-        run = jax.jit(partial(self._program.run, start=self._start, stop=stop))
-        leaves = jax.tree.leaves(current)
+        run = jax.jit(partial(self._run, stop=stop))
+        leaves, left = jax.tree.leaves(current), self._reductions.left(plan)
         moved: list[tuple[State, State]] = []
         for (first, second), _ in self._batches():
             if not moved:
                 size = 2 * _bytes(jax.eval_shape(run, self._original, first))
                 if size * self._calibration.count > self._memory:
                     return
-            moved.append((run(self._original, first), run(leaves, second)))
+            moved.append((run(self._original, first), run(leaves, second, left=left)))
         self._start, self._states = stop, moved
 
     def moments(
-        self, taps: Sequence[Tap], current: Any, *, seed: int, second: bool = True
+        self,
+        taps: Sequence[Tap],
+        current: Any,
+        plan: Plan | None = None,
+        *,
+        seed: int,
+        second: bool = True,
     ) -> dict[str, Moments]:
         """{tap's name: moments}: X in the current network, Y in the original one.
 
         Kernels used at several places gather all their uses. Without `second` only
-        the means are taken.
+        the means are taken. `current` and `plan` are those of `advance`.
         """
         if not taps:
             return {}
@@ -113,8 +146,8 @@ class Relay:
         together = self._row_bytes(uses) > ROWS
         rows = self._rows(uses) if together else jax.jit(self._rows(uses))
 
-        def step(sums, original, current, states, weight, chosen):
-            found, new = rows(original, current, states, chosen), dict(sums)
+        def step(sums, original, current, states, left, weight, chosen):
+            found, new = rows(original, current, states, left, chosen), dict(sums)
             for tap in uses:
                 update = _update if tap.parts == 1 else _update_blocks
                 new[tap.path] = update(new[tap.path], *found[tap.site], weight)
@@ -123,11 +156,12 @@ class Relay:
         if together:
             step = jax.jit(step, donate_argnums=0)
         leaves, key, seen = jax.tree.leaves(current), jax.random.key(seed), 0
+        left = self._reductions.left(plan)
         for states, weight in self._batches():
             # By number, so that the split into batches does not matter.
             keys = _fold_in(key, np.arange(seen, seen + weight.size))
             chosen = {tap.site: self._chosen(tap, keys) for tap in uses}
-            sums = step(sums, self._original, leaves, states, weight, chosen)
+            sums = step(sums, self._original, leaves, states, left, weight, chosen)
             seen += int(np.sum(weight))
         blocks = {t.path: jax.device_get(sums[t.path]) for t in uses if t.parts > 1}
         return {
@@ -158,37 +192,39 @@ class Relay:
         state: Any,
         update: Callable[[Any, jax.Array], Any],
         *,
+        plan: Plan | None = None,
         limit: int | None = None,
     ) -> Any:
         """The state after one pass over the activations of a group, as `stream` does.
 
         Args:
           place: at or behind the step that `advance` has reached.
-          current: variables of the network pruned so far.
+          current, plan: those of `advance`.
           update: (state, activations (B, ..., C)) -> state, traceable.
           limit: stop after so many examples.
         """
         at = self._number[place.site]
 
-        def step(state, variables, slots, have):
+        def step(state, variables, slots, left, have):
             found: list[jax.Array] = []
 
             def after(number, operands, results):
                 if number == at:
                     found.append(channels_last(operands, results, place)[:have])
 
-            self._program.run(variables, slots, self._start, at + 1, after)
+            self._run(variables, slots, at + 1, after, left)
             return update(state, found[0])
 
-        run = jax.jit(step, static_argnums=3)
+        run = jax.jit(step, static_argnums=4)
         leaves, seen = jax.tree.leaves(current), 0
+        left = self._reductions.left(plan)
         for states, weight in self._batches():
             have = int(np.sum(weight))
             if limit is not None:
                 have = min(have, limit - seen)
             if have <= 0:
                 break
-            state = run(state, leaves, states[1], have)
+            state = run(state, leaves, states[1], left, have)
             seen += have
         return state
 
@@ -201,7 +237,7 @@ class Relay:
         wanted = {self._number[site]: site for site in seen}
         stop = max(wanted) + 1
 
-        def capture(variables, state) -> tuple[dict[Site, Any], dict[Site, Any]]:
+        def capture(variables, state, left) -> tuple[dict[Site, Any], dict[Site, Any]]:
             read: dict[Site, Any] = {}
             made: dict[Site, Any] = {}
 
@@ -209,12 +245,12 @@ class Relay:
                 if number in wanted:
                     read[wanted[number]], made[wanted[number]] = operands, results[0]
 
-            self._program.run(variables, state, self._start, stop, after)
+            self._run(variables, state, stop, after, left)
             return read, made
 
-        def rows(original, current, states, chosen):
-            first, targets = capture(original, states[0])
-            second, _ = capture(current, states[1])
+        def rows(original, current, states, left, chosen):
+            first, targets = capture(original, states[0], None)
+            second, _ = capture(current, states[1], left)
             result = {}
             for tap in taps:
                 number, target = self._number[tap.site], targets[tap.site]

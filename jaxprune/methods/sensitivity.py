@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.graph import ChannelGraph
+from jaxprune.graph import ChannelGraph, evaluate, tree_arguments
 from jaxprune.graph.examples import layouts
+from jaxprune.graph.reductions import Reductions
 from jaxprune.methods.losses import are_logits
 from jaxprune.methods.measure import Calibration, LossFn
 from jaxprune.methods.reconstruct import (
@@ -33,7 +34,7 @@ from jaxprune.methods.refitting import (
 )
 from jaxprune.methods.relay import measure_moments
 from jaxprune.methods.taps import Tap
-from jaxprune.records import Group
+from jaxprune.records import Group, Plan
 from jaxprune.slicing import mask_variables
 
 # Shares of a group's channels at which its loss is measured; 1 loses nothing. The
@@ -83,7 +84,7 @@ class Probe:
     def loss(self, counts: Mapping[str, int]) -> float:
         """Divergence of the outputs with that many channels kept of the named groups."""
         original = trees.flatten(self.variables)
-        current, keep = self.variables, {}
+        current, keep, plan = self.variables, {}, None
         for group in self.groups:
             if counts.get(group.name, group.size) >= group.size:
                 continue
@@ -104,7 +105,7 @@ class Probe:
                 {},
             )
             current = mask_variables(self.graph, plan, trees.replace(current, changed))
-        return self._divergence(current)
+        return self._divergence(current, plan)
 
 
 def sensitivity(probe: Probe, on_progress: Progress | None = None) -> Curves:
@@ -146,7 +147,8 @@ def curve(counts: Sequence[int], losses: Sequence[float], size: int) -> np.ndarr
 def divergence(
     graph: ChannelGraph, variables: Any, calibration: Calibration, loss_fn: LossFn
 ):
-    """A function of variables: mean divergence of the outputs from the original's.
+    """A function of variables and their plan: mean divergence of the outputs from the
+    original's; reductions over channels pass those by that are gone.
 
     Kullback-Leibler between the softmax of logits (`losses.are_logits`) and `SURE` of
     their relative squared error, which tells widths apart where the softmax is sure of
@@ -160,13 +162,20 @@ def divergence(
             break
     run = jax.jit(lambda v, i: jax.tree.leaves(graph.handle(v, *i)))
     references = [run(variables, inputs) for inputs, _ in batches]
-    outputs = layouts(graph.retrace(calibration.inputs)).outputs
+    graph = graph.retrace(calibration.inputs)
+    outputs, reductions = layouts(graph).outputs, Reductions(graph)
+
+    def pruned_outputs(variables, inputs, left):
+        if left is None:
+            return jax.tree.leaves(graph.handle(variables, *inputs))
+        arguments, before = tree_arguments(variables, inputs), reductions.before(left)
+        return evaluate(graph.closed, arguments, before=before, loops=True)
 
     @jax.jit
-    def compare(variables, inputs, weight, reference):
+    def compare(variables, inputs, left, weight, reference):
         total = 0.0
         for found, wanted, layout in zip(
-            jax.tree.leaves(graph.handle(variables, *inputs)),
+            pruned_outputs(variables, inputs, left),
             reference,
             outputs,
             strict=True,
@@ -191,9 +200,10 @@ def divergence(
 
     count = sum(float(np.sum(weight)) for _, weight in batches)
 
-    def loss(pruned: Mapping[str, Any]) -> float:
+    def loss(pruned: Mapping[str, Any], plan: Plan | None = None) -> float:
+        left = reductions.left(plan)
         parts = [
-            compare(pruned, inputs, weight, reference)
+            compare(pruned, inputs, left, weight, reference)
             for (inputs, weight), reference in zip(batches, references, strict=True)
         ]
         return float(sum(map(float, parts)) / count)
