@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,23 +97,40 @@ def _align(
     constants = zip(full.jaxpr.constvars, slim.jaxpr.constvars, strict=False)
     found = dict(zip(slim.jaxpr.constvars, slim.consts, strict=True))
     alike = {a: (b, held[a], found[b]) for a, b in constants}
-    equations = full.jaxpr.eqns, slim.jaxpr.eqns
-    for number, (eqn, other) in enumerate(zip(*equations, strict=False)):
-        here = (*site, number)
+    equations = full.jaxpr.eqns
+    others = deque(slim.jaxpr.eqns)
+
+    def meet_constants(eqn: jex.JaxprEqn) -> None:
+        for atom in eqn.invars:
+            if not isinstance(atom, jex.Literal) and atom in alike:
+                var, *values = alike.pop(atom)
+                check_constant(*values)
+                wires[atom] = var
+
+    last = 0  # the first equation that the slim program has none for
+    for last, eqn in enumerate((*equations, None)):
+        here, other = (*site, last), others[0] if others else None
+        if eqn is None:
+            break
+        record = graph.records[here]
         with _located(here):
+            if _changes_nothing(kept, record):
+                meet_constants(eqn)
+                if not _broadcasts(other, wires.get(eqn.invars[0])):
+                    wires[eqn.outvars[0]] = wires.get(eqn.invars[0])
+                    literals[here] = [None]
+                    continue
+            if other is None:
+                break
             _same_operation(eqn, other, here)
-            for atom in eqn.invars:
-                if not isinstance(atom, jex.Literal) and atom in alike:
-                    var, *values = alike.pop(atom)
-                    check_constant(*values)
-                    wires[atom] = var
-            record = graph.records[here]
+            meet_constants(eqn)
             check_operands(wires, eqn.invars, other.invars, record.name, here)
             if here not in graph.wiring.dead:
                 _check_positions(kept, record, here)
                 _check_results(kept, record, other, here)
                 check_params(eqn, other, here)
                 _check_starts(kept, record, other, here)
+        others.popleft()
         literals[here] = [
             atom.val if isinstance(atom, jex.Literal) else None for atom in other.invars
         ]
@@ -123,10 +141,9 @@ def _align(
             _align(graph, kept, a, b, here if single else (*here, branch), literals)
     if not ended:
         return
-    last = min(map(len, equations))
     with _located((*site, last)):
-        a, b = (eqns[last] if last < len(eqns) else None for eqns in equations)
-        _same_operation(a, b, (*site, last))
+        a = equations[last] if last < len(equations) else None
+        _same_operation(a, others[0] if others else None, (*site, last))
         for var, *values in alike.values():  # handed on as they are
             check_constant(*values)
         wires.update({a: var for a, (var, *_) in alike.items()})
@@ -141,6 +158,29 @@ def _located(site: Site) -> Iterator[None]:
         raise
     except EmissionError as error:
         raise Difference(str(error), site) from error
+
+
+def _changes_nothing(kept: _Kept, record: Record) -> bool:
+    """Whether the record is a broadcast along axes of which one entry is left: JAX writes
+    no equation for that of a mask over heads, say, to the one head that is left."""
+    if record.name != "broadcast_in_dim" or isinstance(
+        record.eqn.invars[0], jex.Literal
+    ):
+        return False
+    before, after = record.eqn.invars[0].aval.shape, record.eqn.outvars[0].aval.shape
+    if record.eqn.params["broadcast_dimensions"] != tuple(range(len(after))):
+        return False
+    shapes = zip((*record.inputs[:1], *record.outputs), (before, after), strict=True)
+    left = [kept.shape(value.axes, shape) for value, shape in shapes]
+    return before != after and left[0] == left[1]
+
+
+def _broadcasts(other: Any, operand: Any) -> bool:
+    return (
+        other is not None
+        and other.primitive.name == "broadcast_in_dim"
+        and other.invars[0] is operand
+    )
 
 
 def _same_operation(eqn: Any, other: Any, here: Site) -> None:

@@ -276,3 +276,18 @@ def test_pads_of_no_width_leave_channels_alone(mode, replay):
     slim = jp.shrink(graph, half_plan(graph))
     assert slim.report["left_whole"] == {}
     assert jp.verify(graph, slim.plan, X) < 1e-6
+
+
+def test_a_mask_over_heads_meets_the_one_head_that_is_left():
+    class Causal(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mask = nn.make_causal_mask(x[..., 0])
+            x = nn.MultiHeadDotProductAttention(2, name="attention")(x, mask=mask)
+            return nn.Dense(3)(x)
+
+    graph = jp.trace(Causal(), random_variables(Causal(), X), X)
+    plan = {"attention/query": [1], "attention/value": [0]}
+    slim = jp.shrink(graph, plan)
+    assert not slim.report["left_whole"]
+    assert jp.verify(graph, plan, X) < 1e-5
