@@ -291,3 +291,40 @@ def test_a_mask_over_heads_meets_the_one_head_that_is_left():
     slim = jp.shrink(graph, plan)
     assert not slim.report["left_whole"]
     assert jp.verify(graph, plan, X) < 1e-5
+
+
+def test_weights_drawn_at_every_call_and_left_unused_follow():
+    """StyleGAN2's layers draw their initial weights outside of the initialiser."""
+
+    class Drawn(nn.Module):
+        features: int
+
+        @nn.compact
+        def __call__(self, x):
+            shape = (x.shape[-1], self.features)
+            drawn = jax.random.normal(jax.random.key(0), shape)
+            return nn.relu(x @ self.param("w", lambda *_: drawn))
+
+    model = nn.Sequential([Drawn(8), Drawn(8), nn.Dense(3)])
+    graph = jp.trace(model, random_variables(model, X), X)
+    plan = half_plan(graph, 0)
+    slim = jp.shrink(graph, plan)
+    assert not slim.report["left_whole"]
+    assert jp.verify(graph, plan, X) < 1e-5
+
+
+def test_nodes_beside_their_adjacency_are_proved_on_a_whole_graph():
+    class Neighbours(nn.Module):
+        @nn.compact
+        def __call__(self, x, adjacency):
+            x = nn.relu(adjacency @ nn.Dense(8)(x))
+            return nn.Dense(3)(adjacency @ x)
+
+    nodes = 12
+    x, adjacency = jnp.ones((nodes, 4)), jnp.eye(nodes)
+    model = Neighbours()
+    variables = model.init(jax.random.key(0), x, adjacency)
+    batches = [((x, adjacency), jnp.arange(nodes) % 3)]
+    slim = jp.prune(model, variables, batches, method="l1", params=0.6)
+    assert slim.report["achieved"]["params"] <= 0.6
+    assert slim.report["verify_max_abs_error"] < 1e-5

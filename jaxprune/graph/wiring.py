@@ -34,7 +34,8 @@ class Wiring:
         or the output reads it.
       leaf: {array: name of the variable it is}.
       equations: {site: equation}.
-      dead: sites of equations whose results nothing uses; they read nothing.
+      dead: sites of equations whose results nothing uses, and of calls that hold
+        none but these; they read nothing.
     """
 
     maker: dict[Key, tuple[Site, jex.JaxprEqn, int]] = field(default_factory=dict)
@@ -99,11 +100,18 @@ class Wiring:
             results[site].append(key)
             if is_empty(key[1]):
                 self.readers[key] = []
+        alive: set[Site] = set()  # calls of which an equation is used
         for site in reversed(self.equations):
             made = results[site]
             eqn = self.equations[site]
-            used = acts(eqn) if eqn.effects else not made
+            if eqn.effects:
+                used = acts(eqn)
+            elif eqn.primitive.name in CALLS:
+                used = site in alive
+            else:
+                used = not made
             if used or any(self.readers[key] for key in made):
+                alive.add(site[:-1])
                 continue
             self.dead.add(site)
             for key in self.operands(site):
