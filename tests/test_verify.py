@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import checkify
 
 import jaxprune as jp
+from jaxprune.errors import EmissionError
 from jaxprune.verify import masked_outputs
 
 FLAT = jax.random.normal(jax.random.key(3), (6, 5))
@@ -149,3 +150,20 @@ def test_models_that_assert_by_checkify_are_proven(replay):
     labels = jnp.zeros(len(FLAT), int)
     slim = jp.prune(model, variables, [(FLAT, labels)], method="l1", keep=0.5)
     assert slim.plan[group.name].size == 3
+
+
+def test_a_network_that_magnifies_roundings_is_not_refused():
+    class Sines(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(3):
+                x = jnp.sin(30 * nn.Dense(16, kernel_init=nn.initializers.normal(1))(x))
+            return nn.Dense(2)(x)
+
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    variables = Sines().init(jax.random.key(1), x)
+    graph = jp.trace(Sines(), variables, x)
+    plan = {group.name: range(0, group.size, 2) for group in graph.groups}
+    assert 1e-4 < jp.verify(graph, plan, x) < 0.03
+    with pytest.raises(EmissionError, match="differs from the masked original"):
+        jp.verify(graph, plan, x, tolerance=1e-4)
