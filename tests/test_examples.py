@@ -252,6 +252,29 @@ def test_a_loop_of_unknown_length_is_pruned_without_gradients():
         jp.prune(model, variables, [(x, y)], method="taylor", macs=0.5)
 
 
+def test_gradients_that_are_no_numbers_are_named():
+    """The derivative of a norm at zero is none; lasso takes no gradients."""
+
+    class Distance(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(12)(x)
+            h = nn.Dense(8)(nn.relu(h)) * 0
+            far = jnp.sqrt((h**2).sum(-1, keepdims=True))
+            return nn.Dense(3)(nn.relu(nn.Dense(10)(jnp.concatenate([x, far], -1))))
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
+    model = Distance()
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ScoreError, match="Dense_1: 8 of 8 channels.*set mu=0"):
+        jp.prune(model, variables, [(x, y)], macs=0.5)
+    options = {"mu": 0, "feature_importance": False}
+    for method, more in {"cpli": options, "lasso": {}}.items():
+        slim = jp.prune(model, variables, [(x, y)], method=method, macs=0.5, **more)
+        assert slim.report["achieved"]["macs"] <= 0.5
+
+
 def test_weights_that_hold_nan_are_named():
     model, variables, x, y = make(Frames)
     variables["params"]["b"]["kernel"] = (

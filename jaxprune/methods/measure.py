@@ -6,7 +6,7 @@ masks or weights compiles nothing anew; a last, smaller batch is padded and weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -154,6 +154,9 @@ def gate_gradients(
 
     Args:
       loss_fn: one that `losses.check_loss` lets pass.
+
+    Raises:
+      ScoreError: no gradients through this model, or gradients that are no numbers.
     """
     readers = gate_readers(graph, taps)
     if not readers:
@@ -204,7 +207,30 @@ def gate_gradients(
         with differentiable():
             sums = step(sums, variables, inputs, y, weight)
         count += float(np.sum(weight))
-    return {n: np.asarray(s, np.float64) / count for n, s in sums.items()}
+    found = {n: np.asarray(s, np.float64) / count for n, s in sums.items()}
+    check_finite(found)
+    return found
+
+
+def check_finite(of_groups: Mapping[str, np.ndarray]) -> None:
+    """Nothing, where what gradients gave is finite: arrays (..., C) by group name.
+
+    Raises:
+      ScoreError: one is not.
+    """
+    wrong = {n: ~np.isfinite(np.atleast_2d(a)).all(0) for n, a in of_groups.items()}
+    lines = [
+        f"{n}: {int(bad.sum())} of {bad.size} channels"
+        for n, bad in wrong.items()
+        if bad.any()
+    ]
+    if lines:
+        raise ScoreError(
+            "the loss has gradients that are NaN or infinite on the calibration data "
+            f"({lines[0]}; {len(lines)} of {len(of_groups)} groups): a square root or norm "
+            "of zeros has none, for example, and jax.debug_nans tells where; to do "
+            "without gradients, set mu=0 and feature_importance=False"
+        )
 
 
 def gate_readers(

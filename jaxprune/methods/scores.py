@@ -18,7 +18,13 @@ from jaxprune.errors import ScoreError
 from jaxprune.graph import ChannelGraph
 from jaxprune.methods.activations import find_places, stream
 from jaxprune.methods.losses import check_loss
-from jaxprune.methods.measure import Calibration, LossFn, cross_entropy, differentiable
+from jaxprune.methods.measure import (
+    Calibration,
+    LossFn,
+    check_finite,
+    cross_entropy,
+    differentiable,
+)
 from jaxprune.methods.taps import find_taps
 from jaxprune.records import Group
 from jaxprune.slicing import checked_leaves
@@ -120,7 +126,9 @@ def loss_scores(
     except Exception:  # noqa: BLE001  (the user's source may raise any)
         return {}
     fn = find_criterion("taylor_examples").fn
-    return _example_gradients(graph, variables, data, loss_fn, fn, groups)
+    found = _example_gradients(graph, variables, data, loss_fn, fn, groups)
+    check_finite(found)
+    return found
 
 
 def _first(*trees_: Any) -> Any:
