@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxprune.criteria import criterion
 from jaxprune.graph import ChannelGraph
 from jaxprune.method_options import LAYERWISE, WIDTHS, Options
 from jaxprune.methods.cpli import chooser as cpli_chooser
-from jaxprune.methods.cpli import cpli
+from jaxprune.methods.cpli import cpli, loss_terms
 from jaxprune.methods.importance_redundancy import chooser as redundancy_chooser
 from jaxprune.methods.importance_redundancy import importance_redundancy
 from jaxprune.methods.losses import check_loss
@@ -65,6 +66,9 @@ class Runner:
         widths = {n: v for n, v in options.selection.items() if n in WIDTHS}
         self.legal = limits(groups, **widths)
         self.stuck: dict[str, str] = {}
+        self._loss_terms: weakref.WeakKeyDictionary[
+            ChannelGraph, dict[str, np.ndarray]
+        ] = weakref.WeakKeyDictionary()
 
     def check_loss(self, graph: ChannelGraph) -> None:
         """Nothing, if labels and loss fit the network and the method.
@@ -226,9 +230,17 @@ class Runner:
                 loss_fn=self.loss_fn, rules=self.options.rules, seed=self.seed,
             )  # fmt: skip
         return cpli_chooser(
-            graph, find_taps(graph), graph.variables, self.data, counts, fallback,
-            self.loss_fn, self.options.objective, ridge=self.options.refitting.ridge,
+            graph, counts, fallback, self.loss_terms(graph), self.options.objective,
+            ridge=self.options.refitting.ridge,
         )  # fmt: skip
+
+    def loss_terms(self, graph: ChannelGraph) -> dict[str, np.ndarray]:
+        """Those of cpli, measured once: the widths are tried with them too."""
+        if graph not in self._loss_terms:
+            self._loss_terms[graph] = loss_terms(
+                graph, graph.variables, self.data, self.loss_fn, self.options.objective
+            )
+        return self._loss_terms[graph]
 
     def fallback(
         self, graph: ChannelGraph, groups: Sequence[Group]
@@ -282,7 +294,7 @@ class Runner:
             assert counts is not None
             return cpli(
                 graph, variables, self.data, counts,
-                fallback=self.fallback(graph, groups), loss_fn=self.loss_fn,
+                fallback=self.fallback(graph, groups), loss=self.loss_terms(graph),
                 objective=self.options.objective, **common,
             )  # fmt: skip
         if self.method == "importance_redundancy":

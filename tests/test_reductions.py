@@ -10,9 +10,11 @@ from zoo import half_plan, make, random_batches, random_variables
 import jaxprune as jp
 from jaxprune.graph import evaluate, tree_arguments
 from jaxprune.graph.reductions import Reductions
+from jaxprune.methods.cpli import Objective, chooser, cpli, loss_terms
 from jaxprune.methods.measure import Calibration, cross_entropy
+from jaxprune.methods.refitting import Refitting
 from jaxprune.methods.relay import Relay
-from jaxprune.methods.sensitivity import divergence
+from jaxprune.methods.sensitivity import Probe, divergence
 from jaxprune.methods.taps import find_taps
 from jaxprune.slicing import mask_variables
 
@@ -133,6 +135,71 @@ def test_consumers_are_measured_and_refitted_behind_the_norm_that_is_left():
         slim.model.apply(slim.variables, batches[0][0])
     kept = np.asarray(found.mean_x)[plan[stream.name]]
     np.testing.assert_allclose(kept, seen[0].mean((0, 1)), atol=1e-5)
+
+
+def test_a_norm_alone_may_run_over_what_is_left():
+    """The stream is the original's, however late it is read; only its norms are not."""
+    model, variables, x = make("vit_cifar")
+    batches = random_batches(x.shape[1:], classes=10, count=8, size=8)
+    graph, data = jp.trace(model, variables, batches[0][0]), Calibration(batches)
+    stream = max(graph.groups, key=lambda group: len(group.slots))
+    plan = graph.complete({stream.name: np.arange(0, stream.size, 2)})
+    taps = find_taps(graph)
+    last = [t for t in taps if t.path.endswith("hidden/kernel")][-1]
+    relay = Relay(
+        graph, variables, data, positions=None, given={tap.site for tap in taps}
+    )
+    measure = relay.measurement([last], second=False)
+    found = np.asarray(measure(variables, plan, seed=0)[last.name].mean_x)
+    read = []
+
+    def keep(next_fun, args, kwargs, context):
+        if context.module.name == "norm2":
+            norm = context.module.variables["params"]
+            read.append((np.asarray(args[0]), norm))
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(keep):
+        model.apply(variables, batches[0][0])
+    values, norm = read[-1]
+    kept = plan[stream.name]
+    left = values[..., kept]
+    spread = np.sqrt(left.var(-1, keepdims=True) + model.norm_epsilon)
+    normed = (left - left.mean(-1, keepdims=True)) / spread
+    expected = normed * norm["scale"][kept] + norm["bias"][kept]
+    np.testing.assert_allclose(found[kept], expected.mean((0, 1)), atol=1e-5)
+    plain = np.asarray(measure(variables, seed=0)[last.name].mean_x)
+    assert np.abs(plain[kept] - found[kept]).max() > 1e-3
+
+
+def test_a_probe_foresees_what_pruning_before_a_norm_loses():
+    """One consumer: it is refitted alike, to what the slim network's norm hands it."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5)(nn.LayerNorm()(nn.Dense(16)(x)))
+
+    batches = random_batches((24,), classes=5, count=128, size=32)
+    model = Normed()
+    variables = random_variables(model, batches[0][0])
+    graph, data = jp.trace(model, variables, batches[0][0]), Calibration(batches)
+    (group,), taps = graph.groups, find_taps(graph)
+    counts, refitting = {group.name: 10}, Refitting(ridge=0.0)
+    objective = Objective()
+    loss_term = loss_terms(graph, variables, data, cross_entropy, objective)
+    options = {"refitting": refitting, "groups": [group]}
+    pruned = cpli(
+        graph, variables, data, counts,
+        fallback={}, loss=loss_term, objective=objective, **options,
+    )  # fmt: skip
+    choose = chooser(graph, counts, {}, loss_term, objective, ridge=0.0)
+    probe = Probe(
+        graph, variables, data, taps, choose, loss_fn=cross_entropy, **options
+    )
+    loss = divergence(graph, variables, data, cross_entropy)
+    expected = loss(pruned.variables, pruned.plan)
+    assert probe.loss(counts) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_loss_of_a_plan_is_that_of_the_slim_network():

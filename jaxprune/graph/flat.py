@@ -15,6 +15,7 @@ from jaxprune.graph.rules.control import CALLS, inner_jaxpr
 # An operand: the number of a slot, or a literal's value in a tuple.
 Operand = int | tuple[Any]
 State = dict[int, Any]
+After = Callable[[int, list[Any], list[Any]], list[Any] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class Flat:
         state: Mapping[int, Any],
         start: int,
         stop: int,
-        after: Callable[[int, list[Any], list[Any]], None] | None = None,
+        after: After | None = None,
         before: Before | None = None,
     ) -> State:
         """The slots that step `stop` needs, from those that step `start` needs.
@@ -84,7 +85,8 @@ class Flat:
         Args:
           variables: flat leaves.
           state: the slots of `live(start)`; the inputs' for start 0.
-          after: (step, operands, results) is called behind every step that runs.
+          after: (step, operands, results) is called behind every step that runs; what
+            it returns, if anything, takes the results' place.
           before: changes the operands of every step, inside of loops too.
         """
         environment: State = {
@@ -103,9 +105,9 @@ class Flat:
                 results = loop(step.eqn, operands, step.site, before)
             else:
                 results = bind(step.eqn, operands)
-            environment.update(zip(step.results, results, strict=True))
             if after is not None and number >= start:
-                after(number, operands, results)
+                results = after(number, operands, results) or results
+            environment.update(zip(step.results, results, strict=True))
         return {slot: environment[slot] for slot in self.live(stop)}
 
 

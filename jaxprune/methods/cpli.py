@@ -110,7 +110,7 @@ def cpli(
     *,
     groups: Sequence[Group],
     fallback: Mapping[str, np.ndarray],
-    loss_fn: LossFn,
+    loss: Mapping[str, np.ndarray],
     objective: Objective,
     refitting: Refitting,
     seed: int = 0,
@@ -122,14 +122,11 @@ def cpli(
       graph: traced with inputs of the calibration's batch shape.
       counts: channels to keep, by group name.
       fallback: scores (C,) for groups that no tap reads.
-      loss_fn: (outputs, y) -> per-example losses (B,).
+      loss: t (C,) by group name, of `loss_terms`.
       The others are those of `reconstruct`.
     """
     taps = find_taps(graph)
-    choose = chooser(
-        graph, taps, variables, calibration, counts, fallback, loss_fn, objective,
-        ridge=refitting.ridge,
-    )  # fmt: skip
+    choose = chooser(graph, counts, fallback, loss, objective, ridge=refitting.ridge)
 
     def choose_group(group: Group, terms: Sequence[Term], observe: Any) -> Choice:
         del observe
@@ -148,30 +145,42 @@ def cpli(
     )
 
 
-def chooser(
+def loss_terms(
     graph: ChannelGraph,
-    taps: Sequence[Tap],
     variables: Any,
     calibration: Calibration,
+    loss_fn: LossFn,
+    objective: Objective,
+) -> dict[str, np.ndarray]:
+    """{group name: t (C,)} of the groups that a tap reads; none where t has no weight.
+
+    Args:
+      graph: traced with inputs of the calibration's batch shape.
+      loss_fn: (outputs, y) -> per-example losses (B,).
+    """
+    if objective.mu == 0 and not objective.feature_importance:
+        return {}
+    gates = gate_gradients(graph, find_taps(graph), variables, calibration, loss_fn)
+    return {
+        name: found[1] if objective.loss_term == "example" else np.abs(found[0])
+        for name, found in gates.items()
+    }
+
+
+def chooser(
+    graph: ChannelGraph,
     counts: Mapping[str, int],
     fallback: Mapping[str, np.ndarray],
-    loss_fn: LossFn,
+    loss: Mapping[str, np.ndarray],
     objective: Objective,
     *,
     ridge: float | None = None,
 ) -> Chooser:
-    """The selection of one group at any count; measures the loss term once.
+    """The selection of one group at any count.
 
     Arguments are those of `cpli`; `counts` is for the suppression.
     """
     mu, importance = objective.mu, objective.feature_importance
-    gates: dict[str, np.ndarray] = {}
-    if mu > 0 or importance:
-        gates = gate_gradients(graph, taps, variables, calibration, loss_fn)
-    loss = {
-        name: found[1] if objective.loss_term == "example" else np.abs(found[0])
-        for name, found in gates.items()
-    }
 
     def weighted(terms: Sequence[Term]):
         return [

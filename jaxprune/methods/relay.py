@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph import ChannelGraph, Site
-from jaxprune.graph.flat import State, flatten
+from jaxprune.graph.flat import After, State, flatten
 from jaxprune.graph.reductions import Left, Reductions
 from jaxprune.methods.activations import Place, channels_last
 from jaxprune.methods.measure import Calibration
@@ -39,8 +39,8 @@ from jaxprune.stats.moments import Moments
 MEMORY = 4 * 2**30
 # Bytes of one batch's rows that may lie beside each other.
 ROWS = 2**30
-# (number of the step, its operands, its results).
-After = Callable[[int, list[Any], list[Any]], None]
+# (variables of the network pruned so far, its plan, seed=) -> moments by tap's name.
+Measurement = Callable[..., dict[str, Moments]]
 
 
 class Relay:
@@ -51,6 +51,8 @@ class Relay:
       original: variables of the original network.
       positions: samples an example and tap; None for all.
       shortcuts: {tap's site: the sum} whose other branch the targets make up for.
+      given: sites of contractions whose results in the current network are taken from
+        the original one, so that no error reaches the layers behind them.
       memory: bytes that the activations may take.
     """
 
@@ -62,13 +64,14 @@ class Relay:
         *,
         positions: int | None,
         shortcuts: Mapping[Site, Shortcut] | None = None,
+        given: Collection[Site] = (),
         memory: int = MEMORY,
     ):
         self._original = jax.tree.leaves(original)
         self._program = flatten(graph.closed, graph.records, len(self._original))
         self._graph, self._calibration = graph, calibration
         self._positions, self._memory = positions, memory
-        self._shortcuts = shortcuts or {}
+        self._shortcuts, self._given = shortcuts or {}, given
         self._reductions = Reductions(graph)
         self._number = {s.site: k for k, s in enumerate(self._program.steps)}
         self._start = 0
@@ -112,15 +115,22 @@ class Relay:
         stop = min((self._number[site] for site in sites), default=self._start)
         if stop <= self._start:
             return
+        # One program for both networks: the original's norms run over all channels.
         run = jax.jit(partial(self._run, stop=stop))
+        all_left = self._reductions.left(self._graph.full_plan())
         leaves, left = jax.tree.leaves(current), self._reductions.left(plan)
         moved: list[tuple[State, State]] = []
         for (first, second), _ in self._batches():
             if not moved:
-                size = 2 * _bytes(jax.eval_shape(run, self._original, first))
-                if size * self._calibration.count > self._memory:
+                made = jax.eval_shape(run, self._original, first, left=all_left)
+                if 2 * _bytes(made) * self._calibration.count > self._memory:
                     return
-            moved.append((run(self._original, first), run(leaves, second, left=left)))
+            moved.append(
+                (
+                    run(self._original, first, left=all_left),
+                    run(leaves, second, left=left or all_left),
+                )
+            )
         self._start, self._states = stop, moved
 
     def moments(
@@ -139,9 +149,12 @@ class Relay:
         """
         if not taps:
             return {}
+        return self.measurement(taps, second=second)(current, plan, seed=seed)
+
+    def measurement(self, taps: Sequence[Tap], *, second: bool = True) -> Measurement:
+        """(current, plan, seed=) -> the `moments` of these taps, compiled once."""
         # The blocks of a kernel are measured together.
         uses = list({tap.site: tap for tap in taps}.values())
-        sums = {tap.path: _zeros(tap, second) for tap in uses}
         # One program for all drops each tap's rows before it makes the next one's.
         together = self._row_bytes(uses) > ROWS
         rows = self._rows(uses) if together else jax.jit(self._rows(uses))
@@ -155,18 +168,24 @@ class Relay:
 
         if together:
             step = jax.jit(step, donate_argnums=0)
-        leaves, key, seen = jax.tree.leaves(current), jax.random.key(seed), 0
-        left = self._reductions.left(plan)
-        for states, weight in self._batches():
-            # By number, so that the split into batches does not matter.
-            keys = _fold_in(key, np.arange(seen, seen + weight.size))
-            chosen = {tap.site: self._chosen(tap, keys) for tap in uses}
-            sums = step(sums, self._original, leaves, states, left, weight, chosen)
-            seen += int(np.sum(weight))
-        blocks = {t.path: jax.device_get(sums[t.path]) for t in uses if t.parts > 1}
-        return {
-            tap.name: _block(blocks.get(tap.path, sums[tap.path]), tap) for tap in taps
-        }
+
+        def measure(current, plan=None, *, seed):
+            leaves, key, seen = jax.tree.leaves(current), jax.random.key(seed), 0
+            left = self._reductions.left(plan)
+            sums = {tap.path: _zeros(tap, second) for tap in uses}
+            for states, weight in self._batches():
+                # By number, so that the split into batches does not matter.
+                keys = _fold_in(key, np.arange(seen, seen + weight.size))
+                chosen = {tap.site: self._chosen(tap, keys) for tap in uses}
+                sums = step(sums, self._original, leaves, states, left, weight, chosen)
+                seen += int(np.sum(weight))
+            blocks = {t.path: jax.device_get(sums[t.path]) for t in uses if t.parts > 1}
+            return {
+                tap.name: _block(blocks.get(tap.path, sums[tap.path]), tap)
+                for tap in taps
+            }
+
+        return measure
 
     def _chosen(self, tap: Tap, keys: jax.Array) -> jax.Array:
         """The positions at which a tap is measured, for each example's key."""
@@ -234,23 +253,27 @@ class Relay:
             t.site: self._shortcuts[t.site] for t in taps if t.site in self._shortcuts
         }
         seen = {*(tap.site for tap in taps), *captured_sites(sums)}
-        wanted = {self._number[site]: site for site in seen}
-        stop = max(wanted) + 1
+        stop = max(self._number[site] for site in seen) + 1
+        wanted = {self._number[site]: site for site in seen | {*self._given}}
 
-        def capture(variables, state, left) -> tuple[dict[Site, Any], dict[Site, Any]]:
+        def capture(
+            variables, state, left, given
+        ) -> tuple[dict[Site, Any], dict[Site, Any]]:
             read: dict[Site, Any] = {}
             made: dict[Site, Any] = {}
 
             def after(number, operands, results):
                 if number in wanted:
                     read[wanted[number]], made[wanted[number]] = operands, results[0]
+                    return given.get(wanted[number])
 
             self._run(variables, state, stop, after, left)
             return read, made
 
         def rows(original, current, states, left, chosen):
-            first, targets = capture(original, states[0], None)
-            second, _ = capture(current, states[1], left)
+            first, targets = capture(original, states[0], None, {})
+            given = {site: [targets[site]] for site in self._given if site in targets}
+            second, _ = capture(current, states[1], left, given)
             result = {}
             for tap in taps:
                 number, target = self._number[tap.site], targets[tap.site]

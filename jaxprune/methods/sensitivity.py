@@ -32,10 +32,11 @@ from jaxprune.methods.refitting import (
     measured_terms,
     refit_consumers,
 )
-from jaxprune.methods.relay import measure_moments
+from jaxprune.methods.relay import Measurement, Relay, measure_moments
 from jaxprune.methods.taps import Tap
 from jaxprune.records import Group, Plan
 from jaxprune.slicing import mask_variables
+from jaxprune.stats.moments import Moments
 
 # Shares of a group's channels at which its loss is measured; 1 loses nothing. The
 # logarithm of the loss is close to linear in between (a factor of 2 to 3 an eighth).
@@ -53,7 +54,8 @@ class Probe:
     """The original network, measured once, to try widths on.
 
     `loss` prunes groups to some counts, all by the moments of the original, and runs
-    the network, which keeps its shapes: nothing is measured anew or recompiled.
+    the network, which keeps its shapes: nothing is recompiled, and nothing measured
+    anew but what consumers read behind norms over the channels that go.
     """
 
     def __init__(
@@ -79,6 +81,12 @@ class Probe:
             graph, list(used.values()), variables, variables, calibration,
             positions=refitting.positions, seed=seed,
         )  # fmt: skip
+        self._relay = Relay(
+            graph, variables, calibration, positions=refitting.positions,
+            given={site for site, _ in used},
+        )  # fmt: skip
+        self._reductions, self._seed = Reductions(graph), seed
+        self._measurements: dict[str, Measurement] = {}
         self._divergence = divergence(graph, variables, calibration, loss_fn)
 
     def loss(self, counts: Mapping[str, int]) -> float:
@@ -95,6 +103,10 @@ class Probe:
             kept = self._choose(group, terms, counts[group.name])
             keep[group.name] = np.sort(kept)
             plan = self.graph.complete(keep)
+            alone = self.graph.complete({group.name: kept})
+            if terms and self._reductions.first(alone) is not None:
+                measured = self._normed(group, plan)
+                terms = measured_terms(group, self._taps[group.name], measured, leaves)
             changed = refit_consumers(
                 terms,
                 Choice(kept),
@@ -106,6 +118,15 @@ class Probe:
             )
             current = mask_variables(self.graph, plan, trees.replace(current, changed))
         return self._divergence(current, plan)
+
+    def _normed(self, group: Group, plan: Plan) -> dict[str, Moments]:
+        """Moments of a group's consumers with inputs normed over what the plan leaves;
+        the layers before them are the original's."""
+        if group.name not in self._measurements:
+            taps = self._taps[group.name]
+            self._measurements[group.name] = self._relay.measurement(taps)
+        measure = self._measurements[group.name]
+        return measure(self.variables, plan, seed=self._seed)
 
 
 def sensitivity(probe: Probe, on_progress: Progress | None = None) -> Curves:
