@@ -16,5 +16,6 @@ def pytest_configure() -> None:
     directory = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    # In the environment, for the processes that tests start.
+    if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
         jax.config.update("jax_disable_most_optimizations", True)

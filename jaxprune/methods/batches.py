@@ -161,7 +161,8 @@ def _read(batch: Any, name: str) -> Batch:
         raise DataError(
             f"{name}: x and y must have one row for each example, found x "
             f"{shown(inputs)} and y {shown(y)}; what all examples share (the edges of a "
-            "graph) goes into apply=, as a part of the call"
+            "graph) goes into apply=, as a part of the call, and examples on another axis "
+            "(time first) are moved there"
         )
     return Batch(inputs, y, sizes.pop())
 
