@@ -293,22 +293,3 @@ def test_a_source_that_refuses_other_batches_has_the_examples_first():
     graph = jp.trace(model, params, jnp.ones((4, 3)))
     assert layouts(graph).outputs == [Layout(4, 0)]
     assert [tap.layout for tap in find_taps(graph)] == [Layout(4, 0)] * 2
-
-
-def test_the_nodes_of_one_graph_are_proven_together():
-    """Some rows of an adjacency, with all of its columns, mean nothing to the model."""
-
-    class Convolved(nn.Module):
-        @nn.compact
-        def __call__(self, x, adjacency):
-            x = nn.relu(adjacency @ nn.Dense(12)(x))
-            return adjacency @ nn.Dense(3)(x)
-
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 6)).astype(np.float32), rng.integers(0, 3, 40)
-    adjacency = (rng.random((40, 40)) < 0.2).astype(np.float32) / 8
-    model = Convolved()
-    variables = model.init(jax.random.key(0), x, adjacency)
-    slim = jp.prune(model, variables, [((x, adjacency), y)], method="l1", keep=0.5)
-    assert slim.plan["Dense_0"].size == 6
-    assert slim.report["verify_max_abs_error"] < 1e-5

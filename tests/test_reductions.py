@@ -88,6 +88,14 @@ def _case(name):
     return model, random_variables(model, x), x
 
 
+def _vit():
+    """A small ViT, its variables, a batch of images, graph and calibration data."""
+    model, variables, x = make("vit_cifar")
+    batches = random_batches(x.shape[1:], classes=10, count=8, size=8)
+    x = batches[0][0]
+    return model, variables, x, jp.trace(model, variables, x), Calibration(batches)
+
+
 @pytest.mark.parametrize("name", [*FUNCTIONS, "group norm", "scan", "vit"])
 def test_a_full_size_network_gives_what_the_slim_one_does(name):
     model, variables, x = _case(name)
@@ -114,9 +122,7 @@ def test_a_full_size_network_gives_what_the_slim_one_does(name):
 
 def test_consumers_are_measured_and_refitted_behind_the_norm_that_is_left():
     """What the refit meets in the slim network: a norm over half of the stream."""
-    model, variables, x = make("vit_cifar")
-    batches = random_batches(x.shape[1:], classes=10, count=8, size=8)
-    graph, data = jp.trace(model, variables, batches[0][0]), Calibration(batches)
+    _, variables, x, graph, data = _vit()
     stream = max(graph.groups, key=lambda group: len(group.slots))
     plan = graph.complete({stream.name: np.arange(0, stream.size, 2)})
     tap = next(t for t in find_taps(graph) if t.path.endswith("hidden/kernel"))
@@ -132,16 +138,14 @@ def test_consumers_are_measured_and_refitted_behind_the_norm_that_is_left():
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(keep):
-        slim.model.apply(slim.variables, batches[0][0])
+        slim.model.apply(slim.variables, x)
     kept = np.asarray(found.mean_x)[plan[stream.name]]
     np.testing.assert_allclose(kept, seen[0].mean((0, 1)), atol=1e-5)
 
 
 def test_a_norm_alone_may_run_over_what_is_left():
     """The stream is the original's, however late it is read; only its norms are not."""
-    model, variables, x = make("vit_cifar")
-    batches = random_batches(x.shape[1:], classes=10, count=8, size=8)
-    graph, data = jp.trace(model, variables, batches[0][0]), Calibration(batches)
+    model, variables, x, graph, data = _vit()
     stream = max(graph.groups, key=lambda group: len(group.slots))
     plan = graph.complete({stream.name: np.arange(0, stream.size, 2)})
     taps = find_taps(graph)
@@ -160,7 +164,7 @@ def test_a_norm_alone_may_run_over_what_is_left():
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(keep):
-        model.apply(variables, batches[0][0])
+        model.apply(variables, x)
     values, norm = read[-1]
     kept = plan[stream.name]
     left = values[..., kept]
@@ -203,15 +207,13 @@ def test_a_probe_foresees_what_pruning_before_a_norm_loses():
 
 
 def test_the_loss_of_a_plan_is_that_of_the_slim_network():
-    model, variables, x = make("vit_cifar")
-    batches = random_batches(x.shape[1:], classes=10, count=8, size=8)
-    graph, data = jp.trace(model, variables, batches[0][0]), Calibration(batches)
+    model, variables, x, graph, data = _vit()
     plan = graph.complete(half_plan(graph))
     loss = divergence(graph, variables, data, cross_entropy)
     masked = mask_variables(graph, plan, variables)
     slim = jp.shrink(graph, plan, variables)
     original, pruned = (
-        jax.nn.log_softmax(m.apply(v, batches[0][0]))
+        jax.nn.log_softmax(m.apply(v, x))
         for m, v in ((model, variables), (slim.model, slim.variables))
     )
     expected = (jnp.exp(original) * (original - pruned)).sum(-1).mean()
